@@ -1,0 +1,1 @@
+"""Storage drivers: one contract (:mod:`agent_image.drivers.base`), chosen by name (:mod:`agent_image.drivers.registry`)."""

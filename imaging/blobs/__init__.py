@@ -1,0 +1,1 @@
+"""Content-addressed blob stores behind one contract (:mod:`imaging.blobs.base`)."""

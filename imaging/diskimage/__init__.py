@@ -1,0 +1,1 @@
+"""Virtual disk formats, read as extents."""

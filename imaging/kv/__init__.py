@@ -1,0 +1,1 @@
+"""Embedded and distributed key/value stores behind one contract (:mod:`imaging.kv.base`)."""

@@ -1,0 +1,1 @@
+"""What two processes agree on: messages, JSON-RPC, dispatch, and the HTTP server and client that carry them."""

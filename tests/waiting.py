@@ -1,0 +1,24 @@
+"""Waiting for a condition with a bound. Tests never sleep for a fixed time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_TICK = threading.Event()
+
+
+def wait_until(condition: Callable[[], T], what: str, *, timeout_s: float = 30.0, poll_s: float = 0.02) -> T:
+    """Call ``condition`` until it gives something true and return that; AssertionError names ``what`` after the bound."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s in vain for: {what}")
+        _TICK.wait(poll_s)
