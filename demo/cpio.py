@@ -1,6 +1,7 @@
 """An initramfs written by hand: the ``newc`` cpio format, which needs neither root nor the cpio program.
 
-A device node (``/dev/console``) in an archive is only a header, so anybody may write one. Times are zero: the same files give the same bytes.
+A device node (``/dev/console``) in an archive is only a header, so anybody may write one. Times are zero: the same files give
+the same bytes.
 """
 
 from __future__ import annotations

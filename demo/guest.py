@@ -1,8 +1,8 @@
 """A small bootable disk made from Debian's own packages: kernel, busybox, syslinux. No root, no loop device, no network but apt.
 
-The disk: a master boot record, a *marker* sector in the gap behind it, and one FAT partition with syslinux, the kernel and an initramfs. The
-guest prints a greeting on its serial console that contains what its marker sector says, copies the marker onto a second disk if it has one,
-and powers off. So whoever wrote the marker knows from the greeting that the guest read *this* disk.
+The disk: a master boot record, a *marker* sector in the gap behind it, and one FAT partition with syslinux, the kernel and an
+initramfs. The guest prints a greeting on its serial console that contains what its marker sector says, copies the marker onto a
+second disk if it has one, and powers off. So whoever wrote the marker knows from the greeting that the guest read *this* disk.
 """
 
 from __future__ import annotations
