@@ -1,20 +1,50 @@
 # Every target explains itself: `make help`.
 SHELL := /bin/bash
-PY ?= .venv/bin/python
+VENV ?= .venv
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+# One test process a core: more only wait for each other.
+TEST_WORKERS ?= $(shell nproc)
+# More words for pytest: make test PYTEST_ARGS="--without qemu -k pull"
+PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
+.PHONY: help venv demo run check format test bench install clean
 
 help: ## Print every target with what it does
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-venv: .venv/.done ## Make .venv with everything (all extras)
-.venv/.done: setup.cfg pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/pip install -q -e '.[dev,etcd,s3,zfs]'
-	touch $@
+venv: $(VENV)/.done ## Make .venv with everything, all extras (PYTHON=/path chooses the interpreter)
+$(VENV)/.done: setup.cfg pyproject.toml scripts/make-venv
+	@scripts/make-venv $(VENV)
 
-check: venv ## Lint, types, import direction, dead links in the docs
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
-.PHONY: help venv check
+demo: venv ## Show the whole system at work and boot a guest (IMAGE=/path to any raw disk or stream overrides the guest)
+	@scripts/ensure-packages qemu-system-x86_64=qemu-system-x86
+	@$(VENV)/bin/python -m demo
+
+run: venv ## Start both daemons in the foreground on ports 19999 and 20000, and print three commands to try
+	@$(VENV)/bin/python -m demo.run
+
+check: venv ## Lint, format, types, import direction, dead links in the docs
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/python -m tests.links
+
+format: venv ## Format the code and repair what ruff can repair
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: venv ## Run every test, setting up what they need (PYTEST_ARGS="--without qemu" leaves a backend out)
+	@scripts/ensure-packages qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md
+	$(VENV)/bin/python -m bench
+
+install: venv ## Install programs, systemd units and settings (DESTDIR, PREFIX=/usr/local, SYSCONFDIR=/etc)
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' VENV='$(VENV)' scripts/install
+
+clean: ## Remove everything that was made here: .venv, caches, build leftovers
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
