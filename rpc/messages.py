@@ -272,9 +272,14 @@ def from_wire(kind: type[M], value: Any) -> M:
         raise InvalidArgumentError(f"invalid argument: {_explain(err)}") from err
 
 
-def to_wire(message: Message) -> Any:
-    """What the JSON encoder is to write for a message: the message itself, or plain data where keys of others are mixed in."""
+def to_wire(message: Any) -> Any:
+    """What the JSON encoder is to write for a message: the message itself, or plain data where keys of others are mixed in.
+
+    What is no message passes as it is.
+    """
     kind = type(message)
+    if not issubclass(kind, Message):
+        return message
     return _unfold(kind, msgspec.to_builtins(message)) if _has_extra(kind) else message
 
 
