@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,13 +50,15 @@ def test_unit_verifies_clean(checkout: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.backend("systemd")
 @pytest.mark.parametrize("name", UNITS)
-def test_unit_sandbox_is_tight(checkout: Path, tmp_path: Path, name: str) -> None:
+def test_unit_sandbox_is_tight(
+    checkout: Path, tmp_path: Path, name: str, record_property: Callable[[str, object], None]
+) -> None:
     copy = _unit_with_true(checkout, tmp_path, name)
-    command = ["systemd-analyze", "security", "--offline=true", copy]
+    command = ["systemd-analyze", "security", "--offline=true", str(copy)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     found = re.search(r"exposure level for \S+: (\d+\.\d+)", ended.stdout)
     assert found, ended.stdout + ended.stderr
-    print(f"{name}: exposure {found.group(1)}")
+    record_property("exposure", found.group(1))
     assert float(found.group(1)) <= EXPOSURE_MAX[name]
 
 
