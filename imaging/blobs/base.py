@@ -1,15 +1,15 @@
 """BlobStore: the contract of every content-addressed byte store.
 
 Words. A *blob* is immutable bytes, named by the sha256 *digest* of exactly those bytes. An *ingest* is a blob being
-written, named by a *ref* the writer chooses; it is invisible to readers. *Commit* makes it a blob, *abort* forgets it. A *lease* keeps digests and
-refs from being collected until it expires or is released. *Collect* removes what nothing needs.
+written, named by a *ref* the writer chooses; it is invisible to readers. *Commit* makes it a blob, *abort* forgets it. A
+*lease* keeps digests and refs from being collected until it expires or is released. *Collect* removes what nothing needs.
 
 Life of a blob: ``ingest(ref)`` -> ``write`` ... -> ``commit(expected digest, size)`` -> ``open`` by readers -> ``collect``.
 
 Rules.
 
-* An ingest is invisible until commit. Commit verifies the size and digest it was told, and always the digest it computed itself: the
-  blob's name is what was written, never what was claimed.
+* An ingest is invisible until commit. Commit verifies the size and digest it was told, and always the digest it
+  computed itself: the blob's name is what was written, never what was claimed.
 * Commit publishes in one order: flush, fsync, verify, rename, fsync of the directory. After the rename nothing may fail the
   call. Committing a digest that is already there is success and keeps the older file.
 * Reopening an ingest by its ref resumes it: ``offset_bytes`` says how much is durable, the digest state is restored.
