@@ -1,0 +1,86 @@
+"""Garbage: blobs no record names, and ingests nobody goes on with.
+
+Online and safe against writers: whoever writes holds a lease from the first byte until its record is stored, and the store honours leases
+and a grace. A blob is removed at once when the last record that names it is deleted; what a crash left is found by
+:meth:`Collector.collect`, at start and from time to time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from image_service.lifecycle import UNFINISHED, Image
+from image_service.metadata import MetadataStore
+from imaging.blobs.base import BlobStore, CollectReport
+from imaging.digests import Digest
+from imaging.errors import BusyError, NotFoundError
+
+GRACE_S = 3600.0
+"""Nothing younger is collected: an hour covers every step between a commit and its record, on any machine."""
+
+INTERVAL_S = 3600.0
+"""How often to look; a look reads every record and lists every blob."""
+
+FETCH_PREFIX = "fetch-"
+UPLOAD_PREFIX = "upload-"
+
+log = logging.getLogger(__name__)
+
+
+def fetch_ref(image_id: str) -> str:
+    """The ingest (and lease) of an image that is fetched: the same after a restart, so that the fetch goes on."""
+    return FETCH_PREFIX + image_id
+
+
+def upload_ref(image_id: str) -> str:
+    """The ingest (and lease) of an upload: it ends with its connection."""
+    return UPLOAD_PREFIX + image_id
+
+
+class Collector:
+    """Removes what nothing needs. Blocking; threads may share it."""
+
+    def __init__(self, records: MetadataStore, blobs: BlobStore, *, grace_s: float = GRACE_S) -> None:
+        self._records = records
+        self._blobs = blobs
+        self._grace_s = grace_s
+
+    def drop(self, digest: Digest) -> None:
+        """Remove a blob now unless a record or a writer needs it; absent is fine."""
+        if self._records.needs(digest):
+            return
+        try:
+            self._blobs.delete(digest)
+        except NotFoundError:
+            return
+        except BusyError:
+            log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
+
+    def forget(self, ref: str) -> None:
+        """Remove an ingest and its lease; absent is fine."""
+        self._blobs.abort(ref)
+        self._blobs.release(ref)
+
+    def recover(self) -> None:
+        """At start, when no other process writes here: forget every ingest no unfinished record goes on with."""
+        wanted = {fetch_ref(image.id) for image in self._records.iterate() if image.status in UNFINISHED}
+        for ingest in self._blobs.ingests():
+            if ingest.ref not in wanted:
+                log.info("ingest left behind is removed", extra={"ref": ingest.ref, "size_bytes": ingest.offset_bytes})
+                self.forget(ingest.ref)
+
+    def collect(self, *, dry_run: bool = False, limit: int | None = None) -> CollectReport:
+        """One round of garbage collection; what was (or would be) removed."""
+        report = self._blobs.collect(
+            _named(self._records.iterate()), grace_s=self._grace_s, dry_run=dry_run, limit=limit
+        )
+        log.info(
+            "garbage collected",
+            extra={"blobs": len(report.blobs), "ingests": len(report.refs), "freed_bytes": report.freed_bytes},
+        )
+        return report
+
+
+def _named(images: Iterable[Image]) -> set[Digest]:
+    return {image.blob for image in images if image.digest}

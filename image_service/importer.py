@@ -1,0 +1,255 @@
+"""Fetches images from their sources, in the background, a bounded number at a time.
+
+One fetch is one task that owns its image's record from ``pending`` to ``complete`` or ``error``. It retries what may pass with
+backoff and jitter within a budget, goes on from the last durable byte, and looks at its record with compare-and-swap at every
+step: a record that is gone ends the fetch and takes the bytes along.
+
+Order that prevents mixing two versions of a source: forget the old bytes, then record the new validator, then write the new bytes. A
+crash between any two leaves an ingest whose bytes belong to the recorded validator, or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from image_service.admission import Admission, Reservation
+from image_service.collector import Collector, fetch_ref
+from image_service.fetcher import Body, Fetcher
+from image_service.lifecycle import (
+    UNFINISHED,
+    UNKNOWN_SIZE,
+    Image,
+    set_downloading,
+    set_failed,
+    set_finished,
+    update_size,
+)
+from image_service.metadata import MetadataStore
+from image_service.spool import LEASE_TTL_S, Spool, settled
+from imaging.blobs.base import BlobStore
+from imaging.digests import Digest
+from imaging.errors import ConflictError, MistifyError, NotFoundError, UnavailableError
+from imaging.threads import Offload
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """Limits of the importer."""
+
+    fetches_max: int = 8
+    """Fetches at once: more only divide the same line and disk."""
+    waiting_max: int = 4096
+    """Fetches accepted and not ended; each costs a task and a record."""
+    total_timeout_s: float = 24 * 3600.0
+    """One fetch, retries included: 1 TiB at 13 MB/s."""
+    failures_max: int = 6
+    """Failures in a row that brought no byte: with the backoff below about a minute, which a restart of the source takes."""
+    backoff_s: float = 1.0
+    """Before the second attempt; doubles with every failure."""
+    backoff_max_s: float = 30.0
+    """More would only keep people waiting."""
+    checkpoint_s: float = 5.0
+    """How often progress is made durable: what a crash costs."""
+
+
+def utc_now() -> datetime:
+    """The time records are stamped with."""
+    return datetime.now(UTC)
+
+
+class Importer:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        records: MetadataStore,
+        blobs: BlobStore,
+        fetcher: Fetcher,
+        collector: Collector,
+        admission: Admission,
+        *,
+        offload: Offload,
+        limits: FetchLimits,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._records = records
+        self._blobs = blobs
+        self._fetcher = fetcher
+        self._collector = collector
+        self._admission = admission
+        self._offload = offload
+        self._limits = limits
+        self._now = now
+        self._slots = asyncio.Semaphore(limits.fetches_max)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._received: dict[str, int] = {}
+        self._parked = False
+
+    # -- what the service calls --------------------------------------------------------------------------------------
+
+    def check_room(self) -> None:
+        """UnavailableError if no further fetch is accepted now."""
+        if self._parked or len(self._tasks) >= self._limits.waiting_max:
+            raise UnavailableError("too many fetches are waiting; try again later")
+
+    def start(self, image_id: str) -> None:
+        """Fetch an unfinished image; nothing happens if that is under way."""
+        if image_id in self._tasks or self._parked:
+            return
+        task = asyncio.create_task(self._run(image_id), name=f"fetch {image_id}")
+        self._tasks[image_id] = task
+        task.add_done_callback(lambda _: self._forget_task(image_id, task))
+
+    def _forget_task(self, image_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(image_id) is task:
+            del self._tasks[image_id]
+
+    async def cancel(self, image_id: str) -> None:
+        """End the fetch of an image and wait until it has let go; none is fine."""
+        task = self._tasks.get(image_id)
+        if task is not None:
+            task.cancel()
+            await settled(asyncio.wait([task]))
+
+    async def park(self) -> None:
+        """End every fetch so that the next start goes on where it was; no new one is accepted."""
+        self._parked = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await settled(asyncio.wait(tasks))
+
+    def received_bytes(self, image_id: str) -> int | None:
+        """How many bytes of a running fetch are here; None if it is not running."""
+        return self._received.get(image_id)
+
+    @property
+    def running(self) -> int:
+        """Fetches accepted and not ended."""
+        return len(self._tasks)
+
+    # -- one fetch ---------------------------------------------------------------------------------------------------
+
+    async def _run(self, image_id: str) -> None:
+        try:
+            async with self._slots:
+                await self._fetch(image_id)
+        except asyncio.CancelledError:
+            raise
+        except NotFoundError as err:
+            await self._end(image_id, str(err))
+        except MistifyError as err:
+            await self._end(image_id, err.message)
+        except Exception:
+            log.exception("fetch failed for a reason of our own", extra={"image_id": image_id})
+            await self._end(image_id, "internal error")
+        finally:
+            self._received.pop(image_id, None)
+
+    async def _end(self, image_id: str, reason: str) -> None:
+        """The fetch is given up: its bytes go, then its record says why (if there still is one)."""
+        log.warning("fetch was given up: %s", reason, extra={"image_id": image_id})
+        await settled(self._offload(self._collector.forget, fetch_ref(image_id)))
+        try:
+            await self._update(image_id, lambda image: set_failed(image, reason, now=self._now()))
+        except (NotFoundError, ConflictError) as err:
+            log.info("record of the fetch is gone: %s", err, extra={"image_id": image_id})
+
+    async def _fetch(self, image_id: str) -> None:
+        deadline = time.monotonic() + self._limits.total_timeout_s
+        failures, reached = 0, -1
+        while True:
+            try:
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(deadline - time.monotonic(), 0)):
+                    await self._attempt(image_id)
+            except TimeoutError as err:
+                raise UnavailableError(f"image source took longer than {self._limits.total_timeout_s:.0f} s") from err
+            except MistifyError as err:
+                received = self._received.get(image_id, 0)
+                failures, reached = (1 if received > reached else failures + 1), max(reached, received)
+                if not err.retryable or failures >= self._limits.failures_max:
+                    raise
+                log.info("fetch will be tried again: %s", err.message, extra={"image_id": image_id})
+                await asyncio.sleep(self._pause_s(failures))
+            else:
+                return
+
+    def _pause_s(self, failures: int) -> float:
+        """Exponential, with full jitter on the upper half, so that many fetches of one dead source do not return in step."""
+        full = min(self._limits.backoff_s * 2.0 ** (failures - 1), self._limits.backoff_max_s)
+        return full / 2 + random.uniform(0, full / 2)  # noqa: S311 - spreads load, guards nothing
+
+    async def _attempt(self, image_id: str) -> None:
+        image = await self._offload(self._records.get_by_id, image_id)
+        if image.status not in UNFINISHED:
+            return
+        limit = self._admission.size_max_bytes
+        with await self._offload(self._admission.reserve, fetch_ref(image_id)) as room:
+            async with await Spool.open(self._blobs, self._offload, room, max_bytes=limit) as spool:
+                self._received[image_id] = spool.offset_bytes
+                try:
+                    body = await self._converse(image, spool, room)
+                except (MistifyError, asyncio.CancelledError):
+                    await spool.checkpoint()  # what is here is kept for the next attempt, or the next start
+                    raise
+                await settled(self._publish(image, body, spool))
+
+    async def _converse(self, image: Image, spool: Spool, room: Reservation) -> Body:
+        """Take everything the source has behind what is here."""
+        async with self._fetcher.open(
+            image.source,
+            offset_bytes=spool.offset_bytes,
+            validator=image.validator,
+            total_bytes=image.expected_size_bytes,
+        ) as body:
+            await self._offload(room.announce, body.total_bytes, received_bytes=body.offset_bytes)
+            await self._take(image, body, spool)
+        return body
+
+    async def _take(self, image: Image, body: Body, spool: Spool) -> None:
+        """Write the body behind what is there; see the module's docstring for the order."""
+        if body.offset_bytes != spool.offset_bytes:
+            await spool.restart()
+        known = body.total_bytes != UNKNOWN_SIZE
+        await self._update(
+            image.id, lambda old: set_downloading(old, body.total_bytes, now=self._now(), validator=body.validator)
+        )
+        saved = time.monotonic()
+        async for chunk in body.chunks():
+            await spool.write(chunk)
+            self._received[image.id] = spool.offset_bytes
+            if time.monotonic() - saved >= self._limits.checkpoint_s:
+                await self._save(image.id, spool)
+                saved = time.monotonic()
+        if known and spool.offset_bytes != body.total_bytes:
+            raise UnavailableError(f"image source sent {spool.offset_bytes} of {body.total_bytes} bytes")
+
+    async def _save(self, image_id: str, spool: Spool) -> None:
+        """Make progress durable, and find out whether anybody still wants it."""
+        size_bytes = await spool.checkpoint()
+        await self._offload(self._blobs.lease, fetch_ref(image_id), ttl_s=LEASE_TTL_S)
+        await self._update(image_id, lambda image: update_size(image, size_bytes))
+
+    async def _publish(self, image: Image, body: Body, spool: Spool) -> None:
+        wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
+        size = body.total_bytes if body.total_bytes != UNKNOWN_SIZE else None
+        info = await spool.commit(digest=wanted, size_bytes=size)
+        try:
+            await self._update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, now=self._now()))
+        except (NotFoundError, ConflictError):
+            await settled(self._offload(self._blobs.release, fetch_ref(image.id)))
+            await settled(self._offload(self._collector.drop, info.digest))
+            raise
+        await settled(self._offload(self._blobs.release, fetch_ref(image.id)))
+
+    async def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
+        return await settled(self._offload(self._records.update, image_id, change))

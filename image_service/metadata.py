@@ -1,0 +1,214 @@
+"""Image records over any KeyValue.
+
+Keys::
+
+    images/<id>                     the record, JSON
+    sources/<sha256 of the source>  the id of the one record with that source
+    digests/<sha256>/<id>           empty; says that this record needs this blob
+
+Rules.
+
+* One writer a record: every change is a compare-and-swap on the record's revision (:meth:`MetadataStore.update`), so no update
+  is ever lost, whoever else writes, in this process or another.
+* The indexes change in the same transaction as the record, so they can't drift, and a source has exactly one record however many
+  ask for it at once.
+* Records are what :mod:`image_service.lifecycle` makes of them; this module knows no states.
+
+Errors: NotFoundError (get, update, delete of an unknown id), ConflictError (put of a source or id that is taken), those of KeyValue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from image_service.lifecycle import Image, ImageType
+from imaging.digests import Digest
+from imaging.errors import BadDataError, ConflictError, NotFoundError, UnavailableError
+from imaging.kv.base import ABSENT, Compare, Delete, Entry, KeyValue, Operation, Put
+
+RECORDS = "images/"
+SOURCES = "sources/"
+DIGESTS = "digests/"
+MARKS = "marks/"
+
+UPDATE_TRIES_MAX = 64
+"""A compare-and-swap loses only to a writer that won; this many losses in a row mean that something else is wrong."""
+
+PAGE_RECORDS = 500
+"""Records read at once: about 250 KiB, far from any engine's limit on one answer."""
+
+_decoder = msgspec.json.Decoder(Image)
+
+
+def record_key(image_id: str) -> str:
+    """Where a record is."""
+    return RECORDS + image_id
+
+
+def source_key(source: str) -> str:
+    """Where the id of a source's record is; hashed, because a URL may be longer than a key."""
+    return SOURCES + hashlib.sha256(source.encode()).hexdigest()
+
+
+def digest_key(image: Image) -> str:
+    """Where it says that ``image`` needs its blob."""
+    return f"{DIGESTS}{image.blob.hex}/{image.id}"
+
+
+def _decode(entry: Entry) -> Image:
+    try:
+        return _decoder.decode(entry.value)
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise BadDataError(f"the record at {entry.key} is damaged") from err
+
+
+def _index(image: Image) -> list[Operation]:
+    """The index entries a record has, as puts."""
+    entries: list[Operation] = []
+    if image.source:
+        entries.append(Put(source_key(image.source), image.id.encode()))
+    if image.digest:
+        entries.append(Put(digest_key(image), b""))
+    return entries
+
+
+def _change(old: Image | None, new: Image | None) -> list[Operation]:
+    """The operations that turn ``old`` and its index into ``new`` and its index."""
+    operations: list[Operation] = []
+    wanted = _index(new) if new else []
+    kept = {entry.key for entry in wanted}
+    if old:
+        operations += [Delete(entry.key) for entry in _index(old) if entry.key not in kept]
+    operations += wanted
+    if new:
+        operations.append(Put(record_key(new.id), msgspec.json.encode(new)))
+    elif old:
+        operations.append(Delete(record_key(old.id)))
+    return operations
+
+
+class MetadataStore:
+    """Image records in one KeyValue. Blocking; threads may share it."""
+
+    def __init__(self, store: KeyValue) -> None:
+        self._store = store
+
+    def shutdown(self) -> None:
+        """Release the engine; idempotent."""
+        self._store.close()
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def iterate(self) -> Iterator[Image]:
+        """Every record in id order, read page by page."""
+        after = ""
+        while True:
+            page = self._store.list(RECORDS, after=after, limit=PAGE_RECORDS)
+            yield from map(_decode, page)
+            if len(page) < PAGE_RECORDS:
+                return
+            after = page[-1].key
+
+    def list(self, image_type: ImageType | None = None) -> Sequence[Image]:
+        """Records (of one type), in id order."""
+        return [image for image in self.iterate() if image_type in (None, image.type)]
+
+    def find_by_id(self, image_id: str) -> Image | None:
+        """The record, or None."""
+        entry = self._store.get(record_key(image_id))
+        return _decode(entry) if entry else None
+
+    def get_by_id(self, image_id: str) -> Image:
+        """The record; NotFoundError."""
+        image = self.find_by_id(image_id)
+        if image is None:
+            raise NotFoundError("not found")
+        return image
+
+    def find_by_source(self, source: str) -> Image | None:
+        """The one record with that source, or None."""
+        entry = self._store.get(source_key(source))
+        return self.find_by_id(entry.value.decode()) if entry else None
+
+    def get_by_source(self, source: str) -> Image:
+        """The one record with that source; NotFoundError."""
+        image = self.find_by_source(source)
+        if image is None:
+            raise NotFoundError("not found")
+        return image
+
+    def needs(self, digest: Digest) -> bool:
+        """Whether any record names that blob."""
+        return bool(self._store.list(f"{DIGESTS}{digest.hex}/", limit=1))
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def put(self, image: Image) -> None:
+        """Add a new record; ConflictError if its id or source is taken."""
+        compares = [Compare(record_key(image.id), ABSENT)]
+        if image.source:
+            compares.append(Compare(source_key(image.source), ABSENT))
+        try:
+            self._store.transact(_change(None, image), compares)
+        except ConflictError as err:
+            raise ConflictError(
+                f"an image with this id or source is there already: {image.source or image.id}"
+            ) from err
+
+    def ensure(self, image: Image) -> tuple[Image, bool]:
+        """Add a record for a source, or find the one that is there; whether it was added."""
+        for _ in range(UPDATE_TRIES_MAX):
+            found = self.find_by_source(image.source)
+            if found is not None:
+                return found, False
+            try:
+                self.put(image)
+            except ConflictError:
+                continue  # somebody was faster: theirs is there now, or already gone again
+            return image, True
+        raise UnavailableError(f"the record of {image.source} changes too fast")
+
+    def update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
+        """Replace a record by what ``change`` makes of it; repeated with the newer record if another writer was faster.
+
+        What ``change`` raises leaves the record as it is.
+        """
+        for _ in range(UPDATE_TRIES_MAX):
+            entry = self._store.get(record_key(image_id))
+            if entry is None:
+                raise NotFoundError("not found")
+            old = _decode(entry)
+            new = change(old)
+            try:
+                self._store.transact(_change(old, new), [Compare(entry.key, entry.revision)])
+            except ConflictError:
+                continue
+            return new
+        raise UnavailableError(f"the record of image {image_id} changes too fast")
+
+    def delete(self, image_id: str) -> Image:
+        """Remove a record and its index; the record as it was. NotFoundError."""
+        for _ in range(UPDATE_TRIES_MAX):
+            entry = self._store.get(record_key(image_id))
+            if entry is None:
+                raise NotFoundError("not found")
+            old = _decode(entry)
+            try:
+                self._store.transact(_change(old, None), [Compare(entry.key, entry.revision)])
+            except ConflictError:
+                continue
+            return old
+        raise UnavailableError(f"the record of image {image_id} changes too fast")
+
+    # -- marks -------------------------------------------------------------------------------------------------------
+
+    def is_marked(self, mark: str) -> bool:
+        """Whether something that is done once (an import) was done."""
+        return self._store.get(MARKS + mark) is not None
+
+    def mark(self, mark: str) -> None:
+        """Remember that it was done."""
+        self._store.transact([Put(MARKS + mark, b"")])

@@ -1,0 +1,210 @@
+"""ImageService: what the image service does, without HTTP, JSON or SQL.
+
+The service owns id, status, sizes and times of every record; callers choose source, type and comment. An image is seen as complete only
+after its bytes are durable under their digest. What a call acknowledged survives a crash; what it did not is gone, or goes on by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime
+
+import msgspec
+
+from image_service.admission import Admission
+from image_service.collector import Collector, fetch_ref, upload_ref
+from image_service.importer import Importer, utc_now
+from image_service.lifecycle import (
+    UNFINISHED,
+    UNKNOWN_SIZE,
+    Image,
+    ImageStatus,
+    ImageType,
+    new_fetch,
+    new_upload,
+    set_failed,
+    set_finished,
+    set_pending,
+)
+from image_service.metadata import MetadataStore
+from image_service.sources import SourcePolicy
+from image_service.spool import Spool, settled
+from imaging.blobs.base import BlobInfo, BlobStore
+from imaging.digests import Digest
+from imaging.errors import ConflictError, InvalidArgumentError, NotFoundError
+from imaging.threads import Offload
+
+log = logging.getLogger(__name__)
+
+
+class ImageService:
+    """See the module's docstring. Lives on one event loop: ``start``, use, ``close``."""
+
+    def __init__(
+        self,
+        records: MetadataStore,
+        blobs: BlobStore,
+        importer: Importer,
+        collector: Collector,
+        admission: Admission,
+        *,
+        policy: SourcePolicy,
+        offload: Offload,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._records = records
+        self._blobs = blobs
+        self._importer = importer
+        self._collector = collector
+        self._admission = admission
+        self._policy = policy
+        self._offload = offload
+        self._now = now
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Clear away what a crash left, and go on with every unfinished fetch."""
+        await self._offload(self._collector.recover)
+        for image in await self._offload(self._records.list):
+            if image.status not in UNFINISHED:
+                continue
+            if image.source:
+                self._importer.start(image.id)
+            else:
+                await self._offload(self._records.update, image.id, self._lost)
+
+    def _lost(self, image: Image) -> Image:
+        return set_failed(image, "the upload was cut off by a restart of the service", now=self._now())
+
+    async def close(self) -> None:
+        """Park what is unfinished."""
+        await self._importer.park()
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    async def list(self, image_type: ImageType | None = None) -> Sequence[Image]:
+        """Images (of one type), in id order."""
+        return [self._live(image) for image in await self._offload(self._records.list, image_type)]
+
+    async def get(self, image_id: str) -> Image:
+        """The image; NotFoundError."""
+        return self._live(await self._offload(self._records.get_by_id, image_id))
+
+    def _live(self, image: Image) -> Image:
+        """The record with its size as of now, not as of the last checkpoint."""
+        received = self._importer.received_bytes(image.id)
+        if received is None or image.status is not ImageStatus.DOWNLOADING:
+            return image
+        return msgspec.structs.replace(image, size_bytes=received)
+
+    async def get_blob(self, image_id: str) -> tuple[Image, BlobInfo]:
+        """A complete image and its blob; NotFoundError (``incomplete image``)."""
+        image = await self._offload(self._records.get_by_id, image_id)
+        if image.status is not ImageStatus.COMPLETE:
+            raise NotFoundError("incomplete image")
+        return image, await self._offload(self._blobs.info, image.blob)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    async def create(self, source: str, image_type: ImageType, comment: str = "", digest: str = "") -> Image:
+        """Fetch a source in the background; the record as it is now.
+
+        A source that is there already gives its record; one whose fetch failed is tried again. ConflictError if it is there
+        with another type (or was asked for with another digest).
+        """
+        self._policy.check_url(source)
+        expected = Digest.parse(digest) if digest else None
+        if expected and expected.algorithm != "sha256":
+            raise InvalidArgumentError("digest of an image must be sha256")
+        self._importer.check_room()
+        wanted = new_fetch(str(uuid.uuid4()), source, image_type, comment=comment, expected_digest=expected)
+        image, added = await settled(self._offload(self._records.ensure, wanted))
+        if not added:
+            _check_same(image, wanted)
+            image = await self._retry(image)
+        if image.status in UNFINISHED:
+            self._importer.start(image.id)
+        return self._live(image)
+
+    async def _retry(self, image: Image) -> Image:
+        """Start a failed fetch anew, unless somebody else was faster."""
+        if image.status is not ImageStatus.ERROR:
+            return image
+        try:
+            return await settled(self._offload(self._records.update, image.id, set_pending))
+        except ConflictError:
+            return await self._offload(self._records.get_by_id, image.id)
+
+    def check_upload(self, length_bytes: int) -> None:
+        """TooLargeError if so long an upload is refused whatever else is stored."""
+        self._admission.check_size(length_bytes)
+
+    async def upload(
+        self,
+        image_type: ImageType,
+        chunks: AsyncIterator[bytes],
+        *,
+        comment: str = "",
+        length_bytes: int = UNKNOWN_SIZE,
+        digest: Digest | None = None,
+    ) -> Image:
+        """Store what ``chunks`` gives; the complete record. Whatever goes wrong leaves nothing."""
+        image = new_upload(str(uuid.uuid4()), image_type, comment, now=self._now())
+        ref = upload_ref(image.id)
+        try:
+            with await self._offload(self._admission.reserve, ref, length_bytes) as room:
+                limit = self._admission.size_max_bytes
+                async with await Spool.open(self._blobs, self._offload, room, max_bytes=limit) as spool:
+                    async for chunk in chunks:
+                        await spool.write(chunk)
+                    size = None if length_bytes == UNKNOWN_SIZE else length_bytes
+                    return await settled(self._publish(image, spool, digest, size))
+        finally:
+            await settled(self._offload(self._collector.forget, ref))
+
+    async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size: int | None) -> Image:
+        info = await spool.commit(digest=digest, size_bytes=size)
+        complete = set_finished(image, info.digest, info.size_bytes, now=self._now())
+        try:
+            await self._offload(self._records.put, complete)
+        except BaseException:
+            await self._offload(self._blobs.release, upload_ref(image.id))
+            await self._offload(self._collector.drop, info.digest)
+            raise
+        return complete
+
+    async def delete(self, image_id: str) -> Image:
+        """Remove an image: its record first, so that nothing brings it back, then its fetch, then its bytes."""
+        image = await settled(self._offload(self._records.delete, image_id))
+        await settled(self._clear(image))
+        return image
+
+    async def _clear(self, image: Image) -> None:
+        await self._importer.cancel(image.id)
+        await self._offload(self._collector.forget, fetch_ref(image.id))
+        if image.digest:
+            await self._offload(self._collector.drop, image.blob)
+
+    # -- garbage -----------------------------------------------------------------------------------------------------
+
+    async def keep_collecting(self, interval_s: float) -> None:
+        """Collect garbage from time to time, until cancelled. A round that fails is logged; the next one comes."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self._offload(self._collector.collect)
+            except Exception:
+                log.exception("garbage collection failed")
+
+
+def _check_same(image: Image, wanted: Image) -> None:
+    """The record that is there must be what was asked for."""
+    if image.type is not wanted.type:
+        raise ConflictError(f"source is there as type {image.type}, not {wanted.type} (image {image.id})")
+    known = image.digest or image.expected_digest
+    if wanted.expected_digest and known and known != wanted.expected_digest:
+        raise ConflictError(f"source is there with digest {known} (image {image.id})")

@@ -1,0 +1,118 @@
+"""One ingest of a blob store, written from the event loop.
+
+A :class:`Spool` gathers what arrives into pieces large enough to hash without the interpreter lock, and hands them to a thread one
+after the other. Whoever waits for it waits until the thread has let go: a cancelled upload never leaves a thread writing to
+an ingest that is being aborted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from image_service.admission import Reservation
+from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
+from imaging.digests import Digest
+from imaging.threads import Offload
+
+T = TypeVar("T")
+
+LEASE_TTL_S = 3600.0
+"""How long a writer is protected without a sign of life; a sign is given many times in that span."""
+
+PIECE_BYTES = 1 << 20
+"""One hop to a thread per MiB: the hop (about 50 us) is then a twentieth of the hashing and writing."""
+
+
+async def settled(call: Awaitable[T]) -> T:
+    """Wait for ``call``; if the waiter is cancelled, wait all the same until the call has ended, then be cancelled."""
+    task = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:  # a second cancel must not let go of the thread either
+                continue
+        raise
+
+
+class Spool:
+    """See the module's docstring. Use as an async context manager: leaving it keeps the ingest for a later resume."""
+
+    def __init__(self, writer: BlobWriter, offload: Offload, reservation: Reservation) -> None:
+        self._writer = writer
+        self._offload = offload
+        self._reservation = reservation
+        self._buffer = bytearray()
+        self._written_bytes = writer.offset_bytes
+
+    @classmethod
+    async def open(cls, blobs: BlobStore, offload: Offload, reservation: Reservation, *, max_bytes: int) -> Spool:
+        """Start or resume the ingest a reservation was made for; it is also the name of its lease."""
+
+        def start() -> BlobWriter:
+            blobs.lease(reservation.ref, ttl_s=LEASE_TTL_S)
+            return blobs.ingest(reservation.ref, lease=reservation.ref, max_bytes=max_bytes)
+
+        task = asyncio.ensure_future(offload(start))
+        try:
+            return cls(await settled(task), offload, reservation)
+        except asyncio.CancelledError:
+            if task.exception() is None:
+                await settled(offload(task.result().close))
+            raise
+
+    @property
+    def offset_bytes(self) -> int:
+        """How many bytes were taken, those still in the buffer included."""
+        return self._written_bytes + len(self._buffer)
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._buffer += data
+        if len(self._buffer) >= PIECE_BYTES:
+            await self._flush()
+
+    async def _flush(self) -> None:
+        piece, self._buffer = self._buffer, bytearray()
+        if piece:
+            await settled(self._offload(self._write, piece))
+            self._written_bytes += len(piece)
+
+    def _write(self, piece: bytearray) -> None:
+        self._writer.write(piece)
+        self._reservation.receive(self._writer.offset_bytes)
+
+    async def checkpoint(self) -> int:
+        """Make everything taken so far durable; how much that is."""
+        await self._flush()
+        return await settled(self._offload(self._writer.checkpoint))
+
+    async def restart(self) -> None:
+        """Forget everything taken so far."""
+        self._buffer = bytearray()
+        await settled(self._offload(self._writer.restart))
+        self._written_bytes = 0
+
+    async def commit(self, *, digest: Digest | None = None, size_bytes: int | None = None) -> BlobInfo:
+        """Publish the blob."""
+        await self._flush()
+        return await settled(self._offload(self._writer.commit, digest=digest, size_bytes=size_bytes))
+
+    async def abort(self) -> None:
+        """Forget the ingest."""
+        self._buffer = bytearray()
+        await settled(self._offload(self._writer.abort))
+
+    async def close(self) -> None:
+        """Let go of the ingest and keep it, as far as it was handed on."""
+        await settled(self._offload(self._writer.close))
+
+    async def __aenter__(self) -> Spool:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
