@@ -99,9 +99,9 @@ def test_qcow2_with_internal_snapshot_reads_the_active_state(raw: Path, tmp_path
         (["-b", "/etc/hostname", "-F", "raw"], "backing file"),
         (["-o", "data_file={dir}/data,data_file_raw=on"], "external data file"),
         (["-o", "extended_l2=on"], "extended L2"),
-        (["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s"], "encryption"),
+        (["--object", "secret,id=s,data=x", "-o", "encrypt.format=aes,encrypt.key-secret=s"], "encryption"),
     ],
-    ids=["backing", "data-file", "extended-l2", "luks"],
+    ids=["backing", "data-file", "extended-l2", "aes"],
 )
 def test_qcow2_that_reaches_elsewhere_is_refused_by_name(tmp_path: Path, options: list[str], words: str) -> None:
     image = tmp_path / "bad.qcow2"
