@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,9 +31,17 @@ class Daemon:
     """One running daemon."""
 
     name: str
-    port: int
     process: subprocess.Popen[bytes]
+    port_file: Path
     log: Path | None
+
+    @property
+    def port(self) -> int:
+        """The port it wrote down once it was open; 0 until then."""
+        try:
+            return int(self.port_file.read_text() or 0)
+        except FileNotFoundError:
+            return 0
 
     @property
     def url(self) -> str:
@@ -43,25 +50,21 @@ class Daemon:
 
 
 @contextmanager
-def image_service(state: Path, port: int, log: Path | None = None) -> Iterator[Daemon]:
-    """Run an image service on ``port`` with its embedded stores below ``state``; without ``log`` it writes to our own stderr."""
-    with _running("image_service", ["--port", str(port), "--state-dir", str(state)], port, log) as daemon:
+def image_service(state: Path, port: int = 0, log: Path | None = None) -> Iterator[Daemon]:
+    """Run an image service with its embedded stores below ``state``; port 0 takes a free one.
+
+    Without ``log`` it writes to our own stderr.
+    """
+    with _running("image_service", state, [], port, log) as daemon:
         yield daemon
 
 
 @contextmanager
-def agent(state: Path, port: int, service_port: int, log: Path | None = None) -> Iterator[Daemon]:
-    """Run an agent on ``port`` with the file driver below ``state``, pulling from the image service on ``service_port``."""
-    flags = ["--port", str(port), "--state-dir", str(state), "--driver", "file"]
-    with _running("agent_image", [*flags, "--image-service", f"127.0.0.1:{service_port}"], port, log) as daemon:
+def agent(state: Path, service: Daemon, port: int = 0, log: Path | None = None) -> Iterator[Daemon]:
+    """Run an agent with the file driver below ``state`` that pulls from ``service``; port 0 takes a free one."""
+    flags = ["--driver", "file", "--image-service", f"127.0.0.1:{service.port}"]
+    with _running("agent_image", state, flags, port, log) as daemon:
         yield daemon
-
-
-def free_port() -> int:
-    """Return a loopback port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def check_alive(*running: Daemon) -> None:
@@ -72,12 +75,16 @@ def check_alive(*running: Daemon) -> None:
 
 
 @contextmanager
-def _running(module: str, flags: Sequence[str], port: int, log: Path | None) -> Iterator[Daemon]:
+def _running(module: str, state: Path, flags: Sequence[str], port: int, log: Path | None) -> Iterator[Daemon]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MISTIFY_")}
+    state.mkdir(parents=True, exist_ok=True)
+    port_file = state.parent / f"{state.name}.port"
+    port_file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", module, "--port", str(port), "--port-file", str(port_file)]
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("wb")) if log else None
         process = subprocess.Popen(  # noqa: S603 - our own program
-            dies_with_parent([sys.executable, "-m", module, *flags]),
+            dies_with_parent([*command, "--state-dir", str(state), *flags]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -85,7 +92,7 @@ def _running(module: str, flags: Sequence[str], port: int, log: Path | None) -> 
             env=environment,
             start_new_session=True,  # Ctrl-C reaches the demo, which then stops the daemons in order
         )
-        daemon = Daemon(module, port, process, log)
+        daemon = Daemon(module, process, port_file, log)
         stack.callback(_stop, daemon)
         _wait_ready(daemon)
         yield daemon
@@ -97,7 +104,7 @@ def _wait_ready(daemon: Daemon) -> None:
     while time.monotonic() < deadline:
         check_alive(daemon)
         with contextlib.suppress(requests.RequestException):  # not listening yet
-            if requests.get(f"{daemon.url}/readyz", timeout=READY_TIMEOUT_S).ok:
+            if daemon.port and requests.get(f"{daemon.url}/readyz", timeout=READY_TIMEOUT_S).ok:
                 return
         pause.wait(POLL_S)
     raise DemoError(f"{daemon.name} was not ready in {READY_TIMEOUT_S:.0f} s{_tail(daemon)}")
@@ -112,6 +119,8 @@ def _stop(daemon: Daemon) -> None:
         daemon.process.kill()
         daemon.process.wait(STOP_TIMEOUT_S)
         raise DemoError(f"{daemon.name} did not end {STOP_TIMEOUT_S:.0f} s after SIGTERM{_tail(daemon)}") from err
+    if daemon.process.returncode != 0:
+        raise DemoError(f"{daemon.name} ended with status {daemon.process.returncode}{_tail(daemon)}")
 
 
 def _tail(daemon: Daemon) -> str:
