@@ -6,7 +6,6 @@ throw-away virtual machine with Debian's kernel and OpenZFS modules (installed b
 What the command sees in the virtual machine
   /            the host's root file system, copy on write: writes go to memory and are lost at power off,
   --rw DIR     except below these directories, which are the host's own;
-  /tmp         empty, in memory;
   $PWD, the environment, stdout, stderr and the exit status are the caller's; stdin is /dev/null;
   lo is the only network; udev keeps /dev/zvol (--no-udev: nothing does, only /dev/zdN appear).
 

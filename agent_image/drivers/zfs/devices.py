@@ -1,0 +1,152 @@
+"""Block devices of volumes: which device is which volume, and who holds it.
+
+udev's links below /dev/zvol come late, sometimes wrongly and, where udev is missing, never. So a link is only a hint: the kernel is asked
+what a device is (the BLKZNAME ioctl answers with the volume's name), and if no link leads there, /dev/zd* are asked one by one. Asking
+opens the device for a moment, so each is asked once and remembered by its device number; what is handed out is always asked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from imaging.errors import UnavailableError
+
+BLKZNAME = 0x8100127D
+"""_IOR(0x12, 125, char[256]): the name of the volume behind a device."""
+NAME_BUFFER_BYTES = 256
+PARTITION_MASK = 15
+"""Each volume has 16 minor numbers, the first is the whole disk."""
+POLL_FIRST_S = 0.01
+POLL_MAX_S = 0.25
+DEVICE_NAME = re.compile(r"zd\d+\Z")
+UDEV_COMMANDS = frozenset({"systemd-udevd", "(udev-worker)", "udevd", "blkid", "zvol_id", "udevadm", "multipathd"})
+"""Programs that look at each new device for a moment; waiting for them ends."""
+
+
+def volume_of(device: Path) -> str | None:
+    """The name of the volume behind a device node; None if it is not one, or is gone."""
+    buffer = bytearray(NAME_BUFFER_BYTES)
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            return None
+        fcntl.ioctl(fd, BLKZNAME, buffer)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return buffer.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+class Devices:
+    """Finds devices of volumes by name."""
+
+    def __init__(self, device_directory: Path = Path("/dev"), *, link_directory: Path | None = None) -> None:
+        self._devices = device_directory
+        self._links = link_directory or device_directory / "zvol"
+        self._lock = threading.Lock()
+        self._asked: dict[str, str] = {}
+
+    def find(self, volume: str) -> Path | None:
+        """The path of the volume's device: udev's link if it leads there, else the node itself; None if there is none."""
+        link = self._links / volume
+        if volume_of(link) == volume:
+            return link
+        return self._search(volume)
+
+    def _search(self, volume: str) -> Path | None:
+        with self._lock:
+            nodes = self._nodes()
+            for node in [node for node in nodes if self._asked.get(node) == volume]:
+                if self._ask(node) == volume:
+                    return self._devices / node
+            for node in [node for node in nodes if node not in self._asked]:
+                if self._ask(node) == volume:
+                    return self._devices / node
+        return None
+
+    def _nodes(self) -> list[str]:
+        """Device nodes there are; forgets what was known of others, as their numbers are used again."""
+        nodes = [entry.name for entry in os.scandir(self._devices) if DEVICE_NAME.match(entry.name)]
+        self._asked = {node: name for node, name in self._asked.items() if node in set(nodes)}
+        return nodes
+
+    def _ask(self, node: str) -> str | None:
+        name = volume_of(self._devices / node)
+        if name is None:
+            self._asked.pop(node, None)
+        else:
+            self._asked[node] = name
+        return name
+
+    def forget(self) -> None:
+        """Names moved (rename): ask again."""
+        with self._lock:
+            self._asked.clear()
+
+    def wait(self, volume: str, timeout_s: float) -> Path:
+        """The path of the volume's device once it is there; UnavailableError after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        tick, pause_s = threading.Event(), POLL_FIRST_S
+        while True:
+            found = self.find(volume)
+            if found is not None:
+                return found
+            if time.monotonic() >= deadline:
+                raise UnavailableError(f"the device of {volume} did not appear within {timeout_s:g} s")
+            self.forget()  # a name seen before its rename came through would hide the volume
+            tick.wait(pause_s)
+            pause_s = min(pause_s * 2, POLL_MAX_S)
+
+    def holders(self, volume: str) -> list[str]:
+        """Who has the volume's device open, as text: processes and devices stacked on it. Best effort."""
+        found = self.find(volume)
+        if found is None:
+            return []
+        node = found.resolve().name
+        return [*_stacked(node), *_processes(self._devices / node)]
+
+
+def is_passing(holder: str) -> bool:
+    """Whether the holder is a program that looks at new devices and lets go by itself."""
+    return any(f"({command})" in holder for command in UDEV_COMMANDS)
+
+
+def _stacked(node: str) -> list[str]:
+    block = Path("/sys/block", node)
+    places = [block / "holders", *(partition / "holders" for partition in block.glob(f"{node}p*"))]
+    stacked = [entry.name for place in places if place.is_dir() for entry in place.iterdir()]
+    return [f"device /dev/{name}" for name in sorted(stacked)] + _mounts(node)
+
+
+def _mounts(node: str) -> list[str]:
+    wanted = re.compile(rf"/dev/{node}(p\d+)?\Z")
+    lines = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [f"mount {fields[1]}" for fields in lines if wanted.match(os.path.realpath(fields[0]))]
+
+
+def _processes(device: Path) -> list[str]:
+    wanted = re.compile(rf"{re.escape(str(device))}(p\d+)?\Z")
+    found = []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        with contextlib.suppress(OSError):  # processes end while we look, others are not ours to see
+            if any(wanted.match(target) for target in _open_files(process)):
+                found.append(f"process {process.name} ({(process / 'comm').read_text().strip()})")
+    return found
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for entry in os.scandir(process / "fd"):
+        with contextlib.suppress(OSError):
+            yield os.readlink(entry.path)

@@ -1,0 +1,153 @@
+"""libzfs_core with our names and errors: one method per operation, text in, errors of imaging.errors out.
+
+Every call blocks in the kernel until its transaction group is on disk, and releases the interpreter lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from agent_image.drivers.zfs import binding
+from agent_image.drivers.zfs.errors import Failure, Operation, translate
+from imaging.errors import MistifyError, NotFoundError, UnavailableError
+
+Values = Mapping[str, int | str]
+
+PROGRAM_INSTRUCTIONS_MAX = 100_000_000
+"""ZFS's own upper limit for a channel program; ours need a few hundred per dataset."""
+PROGRAM_MEMORY_MAX_BYTES = 64 << 20
+"""256 datasets with properties of the largest size (8 KiB each, a few per dataset) fit."""
+GUID_MASK = (1 << 64) - 1
+"""Channel programs know signed numbers only."""
+
+
+def encode(values: Values) -> dict[bytes, int | bytes]:
+    """Properties as pyzfs wants them: numbers stay numbers, text becomes bytes."""
+    return {name.encode(): value if isinstance(value, int) else value.encode() for name, value in values.items()}
+
+
+def failure_of(err: Exception) -> Failure:
+    """What a pyzfs exception says. Several failures: the first, they are of one kind in practice.
+
+    Only number and class are read: pyzfs swaps name and message in the exception for numbers it does not know.
+    """
+    first = next(iter(getattr(err, "errors", None) or ()), err)
+    return Failure(int(getattr(first, "errno", 0) or 0), type(first).__name__)
+
+
+class Lzc:
+    """The calls the driver makes on one pool."""
+
+    def __init__(self, pool: str) -> None:
+        self._library: Any = binding.load()
+        self._zfs_error: type[Exception] = binding.exceptions().ZFSError
+        self._pool = pool.encode()
+
+    @contextlib.contextmanager
+    def _translated(self, operation: Operation, name: str, other: str = "") -> Iterator[None]:
+        try:
+            yield
+        except self._zfs_error as err:
+            raise self._seen_from_outside(translate(operation, failure_of(err), name, other), name) from err
+
+    def _seen_from_outside(self, error: MistifyError, name: str) -> MistifyError:
+        """ZFS says ENOENT for a dataset of a pool that was exported: that is another thing to a caller."""
+        if isinstance(error, NotFoundError) and not self.exists(self._pool.decode()):
+            return UnavailableError(f"the pool of {name} is not imported")
+        return error
+
+    def exists(self, name: str) -> bool:
+        """Whether a dataset or snapshot of that name is there; False also if the pool is not."""
+        return bool(self._library.lzc_exists(name.encode()))
+
+    def create(self, name: str, *, volume: bool, properties: Values) -> None:
+        """Create a filesystem or volume."""
+        with self._translated(Operation.CREATE, name):
+            self._library.lzc_create(name.encode(), "zvol" if volume else "zfs", encode(properties))
+
+    def clone(self, name: str, origin: str, properties: Values) -> None:
+        """Create ``name`` as a clone of the snapshot ``origin``."""
+        with self._translated(Operation.CLONE, name, origin):
+            self._library.lzc_clone(name.encode(), origin.encode(), encode(properties))
+
+    def snapshot(self, names: Sequence[str]) -> None:
+        """Take all snapshots at one instant, or none."""
+        with self._translated(Operation.SNAPSHOT, names[0]):
+            self._library.lzc_snapshot([name.encode() for name in names])
+
+    def destroy(self, name: str) -> None:
+        """Destroy a dataset without children and snapshots."""
+        with self._translated(Operation.DESTROY, name):
+            self._library.lzc_destroy(name.encode())
+
+    def destroy_snapshots(self, names: Sequence[str], *, defer: bool = False) -> None:
+        """Destroy all these snapshots, or none."""
+        with self._translated(Operation.DESTROY_SNAPSHOTS, names[0]):
+            self._library.lzc_destroy_snaps([name.encode() for name in names], defer)
+
+    def rollback(self, name: str, snapshot: str) -> None:
+        """Make the dataset what its newest snapshot, which must be ``snapshot``, is."""
+        with self._translated(Operation.ROLLBACK, name, snapshot):
+            self._library.lzc_rollback_to(name.encode(), snapshot.encode())
+
+    def rename(self, name: str, target: str) -> None:
+        """Rename a dataset with all below."""
+        with self._translated(Operation.RENAME, name, target):
+            self._library.lzc_rename(name.encode(), target.encode())
+
+    def promote(self, name: str) -> None:
+        """Swap a clone with its origin."""
+        with self._translated(Operation.PROMOTE, name):
+            self._library.lzc_promote(name.encode())
+
+    def hold(self, name: str, tag: str) -> None:
+        """Hold a snapshot until released."""
+        with self._translated(Operation.HOLD, name, tag):
+            missing = self._library.lzc_hold({name.encode(): tag.encode()})
+        if missing:
+            raise self._seen_from_outside(NotFoundError(f"{name} not found"), name)
+
+    def release(self, name: str, tag: str) -> None:
+        """Release a hold."""
+        with self._translated(Operation.RELEASE, name, tag):
+            missing = self._library.lzc_release({name.encode(): [tag.encode()]})
+        if missing:
+            raise self._seen_from_outside(NotFoundError(f"{name} is not held with tag {tag}"), name)
+
+    def holds(self, name: str) -> list[str]:
+        """Tags that hold the snapshot, sorted."""
+        with self._translated(Operation.LIST_HOLDS, name):
+            return sorted(tag.decode() for tag in self._library.lzc_get_holds(name.encode()))
+
+    def bookmark(self, bookmark: str, snapshot: str) -> None:
+        """Make ``dataset#bookmark``."""
+        with self._translated(Operation.BOOKMARK, bookmark, snapshot):
+            self._library.lzc_bookmark({bookmark.encode(): snapshot.encode()})
+
+    def send(self, name: str, base: str | None, fd: int, flags: Sequence[str]) -> None:
+        """Write a stream to a blocking descriptor."""
+        with self._translated(Operation.SEND, name, base or ""):
+            self._library.lzc_send(name.encode(), base.encode() if base else None, fd, list(flags))
+
+    def receive(self, name: str, fd: int, *, origin: str | None, properties: Values) -> None:
+        """Receive the stream read from ``fd``; sets ``properties`` on a dataset it creates."""
+        with self._translated(Operation.RECEIVE, name):
+            _, begin = self._library.receive_header(fd)
+            self._library.lzc_receive_with_cmdprops(
+                name.encode(), fd, begin, origin=origin.encode() if origin else None, cmdprops=encode(properties)
+            )
+
+    def program(self, text: str, names: Sequence[str], *, sync: bool = False) -> dict[bytes, Any]:
+        """Run a channel program over ``names``; what it returned."""
+        run = self._library.lzc_channel_program if sync else self._library.lzc_channel_program_nosync
+        with self._translated(Operation.SET if sync else Operation.READ, names[0]):
+            result = run(
+                self._pool,
+                text.encode(),
+                instrlimit=PROGRAM_INSTRUCTIONS_MAX,
+                memlimit=PROGRAM_MEMORY_MAX_BYTES,
+                params=[name.encode() for name in names],
+            )
+        return dict(result or {})
