@@ -101,12 +101,14 @@ def _running(module: str, state: Path, flags: Sequence[str], port: int, log: Pat
 def _wait_ready(daemon: Daemon) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     pause = Event()
-    while time.monotonic() < deadline:
-        check_alive(daemon)
-        with contextlib.suppress(requests.RequestException):  # not listening yet
-            if daemon.port and requests.get(f"{daemon.url}/readyz", timeout=READY_TIMEOUT_S).ok:
-                return
-        pause.wait(POLL_S)
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy has no business on loopback
+        while time.monotonic() < deadline:
+            check_alive(daemon)
+            with contextlib.suppress(requests.RequestException):  # not listening yet
+                if daemon.port and session.get(f"{daemon.url}/readyz", timeout=READY_TIMEOUT_S).ok:
+                    return
+            pause.wait(POLL_S)
     raise DemoError(f"{daemon.name} was not ready in {READY_TIMEOUT_S:.0f} s{_tail(daemon)}")
 
 

@@ -7,20 +7,23 @@ import json
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from rpc.client import AgentClient, ImageServiceClient
+from typing import TypeVar
 
 from demo import daemons, disks, guest, qemu
 from demo.errors import DemoError
 from demo.narrator import Narrator, mib, short
-from rpc.messages import Disk, Guest
+from rpc.client import AgentClient, ImageServiceClient
+from rpc.messages import Disk, Guest, GuestRequest, ImageRequest, Message, SnapshotRequest
 
 GUEST_ID = "demo-guest"
+DISK = f"guests/{GUEST_ID}/disk-0"
 EMPTY_DISK_MIB = 64
 APPLY_TIMEOUT_S = 600.0
 CACHE = Path(".cache")
+T = TypeVar("T")
 ANY_TEXT = r"[^\s\x00-\x1f][^\r\n]{3,}"
 
 
@@ -94,7 +97,7 @@ def upload(stage: Stage) -> None:
     why = "An operator's PUT /images. The service shows the image only when it is whole, verified and on disk."
     with stage.narrator.step("Upload the image", why) as say:
         with stage.image.open("rb") as file:
-            record = stage.service.upload_image(file, type="kvm", comment="the demo's image")
+            record = stage.service.upload_image(file, image_type="kvm", comment="the demo's image")
         expect(record.status == "complete", f"the upload ended as {record.status}")
         stage.image_id = record.id
         say(f"image {record.id}: {record.format or 'unknown format'}, {mib(record.size_bytes)}, {short(record.digest)}")
@@ -104,9 +107,9 @@ def pull(stage: Stage) -> None:
     """Have the agent fetch the image."""
     why = "RequestImage on the hypervisor: download, check the digest, receive as a volume with a snapshot. Asked again, it is there."
     with stage.narrator.step("The agent pulls it", why) as say:
-        image = stage.agent.request_image(stage.image_id)
+        image = only(stage.agent.request_image(ImageRequest(id=stage.image_id)).images)
         say(f"volume {image.volume}, snapshot {image.snapshot}, {image.size_mib} MiB, {image.status}")
-        again = stage.agent.request_image(stage.image_id)
+        again = only(stage.agent.request_image(ImageRequest(id=stage.image_id)).images)
         expect(again.snapshot == image.snapshot, "the second request gave another snapshot")
 
 
@@ -115,11 +118,11 @@ def create_disks(stage: Stage) -> None:
     wanted = Guest(id=GUEST_ID, disks=[Disk(image=stage.image_id), Disk(size_mib=EMPTY_DISK_MIB)])
     why = "VerifyDisks says whether a guest's disks would fit, and fills in their sizes. Nothing is created yet."
     with stage.narrator.step("Verify the guest's disks", why) as say:
-        verified = stage.agent.verify_disks(wanted)
+        verified = stage.agent.verify_disks(GuestRequest(guest=wanted)).guest
         say(" + ".join(f"{disk.size_mib} MiB" for disk in verified.disks))
     why = "CreateGuestDisks: a clone of the image, which costs no space until it is written to, and an empty volume."
     with stage.narrator.step("Create the guest's disks", why) as say:
-        created = stage.agent.create_guest_disks(wanted)
+        created = stage.agent.create_guest_disks(GuestRequest(guest=wanted)).guest
         for disk in created.disks:
             say(f"{disk.volume}: {disk.size_mib} MiB at {_shown(stage, disk.source)}")
         stage.disks = [Path(disk.source) for disk in created.disks]
@@ -138,7 +141,7 @@ def snapshot(stage: Stage) -> None:
     why = "CreateSnapshot: whatever happens to the disk from here on, this state can be had back."
     with stage.narrator.step("Snapshot the disk", why) as say:
         stage.disk_digest = disks.sha256_of(stage.disks[0])
-        (made,) = stage.agent.create_snapshot(f"guests/{GUEST_ID}/disk-0", "before")
+        made = only(stage.agent.create_snapshot(SnapshotRequest(id=DISK, dest="before")).snapshots)
         say(f"{made.id}, the disk's digest is {short(stage.disk_digest)}")
 
 
@@ -153,7 +156,7 @@ def damage_and_roll_back(stage: Stage) -> None:
         expect(damaged != stage.disk_digest, "writing to the disk changed nothing")
         say(f"the disk's digest is {short(damaged)}")
     with stage.narrator.step("Roll back", "RollbackSnapshot: the disk is again what it was, byte for byte.") as say:
-        stage.agent.rollback_snapshot(f"guests/{GUEST_ID}/disk-0@before")
+        stage.agent.rollback_snapshot(SnapshotRequest(id=f"{DISK}@before"))
         restored = disks.sha256_of(disk)
         expect(restored == stage.disk_digest, f"after the rollback the digest is {restored}, not {stage.disk_digest}")
         say(f"the disk's digest is {short(restored)}, as before")
@@ -164,8 +167,8 @@ def download_and_apply(stage: Stage) -> None:
     stream = stage.directory / "disk.zfs"
     why = "/snapshots/download sends what 'zfs send' would: any machine with ZFS can receive it. It is a backup and a transport."
     with stage.narrator.step("Download the snapshot as a stream", why) as say:
-        with stream.open("wb") as file:
-            stage.agent.download_snapshot(f"guests/{GUEST_ID}/disk-0@before", file)
+        with stream.open("wb") as file, stage.agent.download_snapshot(f"{DISK}@before") as pieces:
+            file.writelines(pieces)
         say(f"{mib(stream.stat().st_size)}, for a disk of {mib(disks.size_bytes_of(stage.disks[0]))}")
     why = "'mistify-image stream apply' checks every record of the stream and writes the disk it describes. No ZFS needed."
     with stage.narrator.step("Make a disk from the stream and compare", why) as say:
@@ -201,11 +204,12 @@ def delete(stage: Stage) -> None:
     """Delete everything, on both sides."""
     why = "DeleteGuestsDisks and DeleteImage on the hypervisor, DELETE on the server. Both then have nothing."
     with stage.narrator.step("Delete everything", why) as say:
-        stage.agent.delete_guest_disks(Guest(id=GUEST_ID))
+        stage.agent.delete_guests_disks(GuestRequest(guest=Guest(id=GUEST_ID)))
         expect(not any(disk.exists() for disk in stage.disks), "a deleted disk is still there")
-        stage.agent.delete_image(stage.image_id)
+        stage.agent.delete_image(ImageRequest(id=stage.image_id))
         stage.service.delete_image(stage.image_id)
-        left = [*stage.agent.list_volumes(), *stage.agent.list_images(), *stage.service.list_images()]
+        left: list[Message] = [*stage.agent.list_volumes().volumes, *stage.agent.list_snapshots().snapshots]
+        left += [*stage.agent.list_images().images, *stage.service.list_images()]
         expect(not left, f"something is left: {left}")
         say("no volumes, no snapshots, no images")
 
@@ -222,6 +226,12 @@ def expect(condition: object, otherwise: str) -> None:
     """DemoError with the sentence ``otherwise`` unless the condition holds."""
     if not condition:
         raise DemoError(otherwise)
+
+
+def only(answer: Sequence[T]) -> T:
+    """Return the one thing an answer holds; DemoError if it holds another number."""
+    expect(len(answer) == 1, f"the answer holds {len(answer)} things instead of one: {answer}")
+    return answer[0]
 
 
 def _shown(stage: Stage, path: str) -> str:
