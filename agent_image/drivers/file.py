@@ -23,14 +23,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
-from agent_image.drivers.file_snapshots import FileSnapshots
+from agent_image.drivers.file_streams import FileStreams
 from imaging.names import DatasetName, PoolName, SnapshotName
 
 VOLBLOCKSIZE_DEFAULT_BYTES = 16_384
 """The default of ZFS 2.2 and later."""
 
 
-class FileDriver(FileSnapshots):
+class FileDriver(FileStreams):
     """A StorageDriver on sparse files.
 
     ``size_bytes`` is the pool's capacity; without it, what the file system has.

@@ -189,6 +189,18 @@ def changed_bytes(fd: int, base_fd: int, block_bytes: int) -> int:
     return total
 
 
+def same_bytes(fd: int, other_fd: int) -> bool:
+    """Whether two files of one size hold the same bytes; looks only where either has data."""
+    with files.os_errors("cannot compare two content files"):
+        for one, other in ((fd, other_fd), (other_fd, fd)):
+            for start, length in files.data_ranges(one):
+                for offset in range(start, start + length, COMPARE_CHUNK_BYTES):
+                    size = min(COMPARE_CHUNK_BYTES, start + length - offset)
+                    if os.pread(one, size, offset) != os.pread(other, size, offset):
+                        return False
+    return True
+
+
 def _changed_blocks(mine: bytes, theirs: bytes, block_bytes: int) -> int:
     theirs = theirs.ljust(len(mine), b"\0")
     zeros = bytes(block_bytes)

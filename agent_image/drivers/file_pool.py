@@ -273,9 +273,11 @@ class FilePool:
     @contextmanager
     def _pinned(self, snapshot: SnapshotRecord) -> Iterator[None]:
         """Keep a snapshot until the block ends."""
-        with self._counted(self._pins, snapshot.id):
-            yield
-        self._reap(snapshot.id)
+        try:
+            with self._counted(self._pins, snapshot.id):
+                yield
+        finally:
+            self._reap(snapshot.id)
 
     @contextmanager
     def _counted(self, counter: Counter[str], key: str) -> Iterator[None]:
