@@ -54,7 +54,6 @@ WAL_SIZE_LIMIT_BYTES = 16 << 20
 _TABLE = "entries"
 _LAST_REVISION = ""
 _REVISION_BYTES = 8
-_FORMAT = 1
 
 _BY_CODE: dict[int, type[MistifyError]] = {
     sqlite3.SQLITE_FULL: NoSpaceError,
@@ -257,10 +256,11 @@ class SqliteKeyValue:
 
     def _open(self, undo: contextlib.ExitStack) -> None:
         with self._translated("cannot open the key/value store"):
-            self._table = _Table(self._path)
-            undo.callback(self._table.close)
             self._gets = _Reader(self._path)
             undo.callback(self._gets.close)
+            self._refuse_foreign()
+            self._table = _Table(self._path)
+            undo.callback(self._table.close)
             self._lists = _Reader(self._path)  # of its own, so that a long list delays no get
             undo.callback(self._lists.close)
             self._check_file()
@@ -276,17 +276,21 @@ class SqliteKeyValue:
         except sqlite3.Error as err:
             raise from_sqlite_error(err, f"{what} {self._path}") from err
 
+    def _refuse_foreign(self) -> None:
+        """Before anything is written: another program's database stays as it is."""
+        tables = [name for (name,) in self._gets.query("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [row[1] for row in self._gets.query(f'PRAGMA table_info("{_TABLE}")')]
+        if tables and (tables != [_TABLE] or columns != ["key", "value"]):
+            raise BadDataError(f"cannot open the key/value store {self._path}: the file belongs to another program")
+
     def _check_file(self) -> None:
-        """Refuse what we could not trust later: damage, another program's database, no write-ahead log."""
+        """Refuse what we could not trust later: damage, no write-ahead log."""
         [(mode,)] = self._gets.query("PRAGMA journal_mode")
         if mode != "wal":
             raise UnsupportedError(f"the file system of {self._path} cannot hold a write-ahead log")
         [(verdict,), *_] = self._gets.query("PRAGMA quick_check(1)")
         if verdict != "ok":
             raise BadDataError(f"cannot open the key/value store {self._path}: the database file is damaged")
-        columns = [row[1] for row in self._gets.query(f'PRAGMA table_info("{_TABLE}")')]
-        if columns != ["key", "value"]:
-            raise BadDataError(f"cannot open the key/value store {self._path}: the file belongs to another program")
 
     def _last_revision(self) -> int:
         row = self._row(_LAST_REVISION)
