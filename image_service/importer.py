@@ -31,11 +31,10 @@ from image_service.lifecycle import (
     update_size,
 )
 from image_service.metadata import MetadataStore
-from image_service.spool import LEASE_TTL_S, Spool, settled
+from image_service.spool import LEASE_TTL_S, Pools, Spool, settled
 from imaging.blobs.base import BlobStore
 from imaging.digests import Digest
 from imaging.errors import ConflictError, MistifyError, NotFoundError, UnavailableError
-from imaging.threads import Offload
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class Importer:
         collector: Collector,
         admission: Admission,
         *,
-        offload: Offload,
+        pools: Pools,
         limits: FetchLimits,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
@@ -85,7 +84,8 @@ class Importer:
         self._fetcher = fetcher
         self._collector = collector
         self._admission = admission
-        self._offload = offload
+        self._offload = pools.records
+        self._data = pools.data
         self._limits = limits
         self._now = now
         self._slots = asyncio.Semaphore(limits.fetches_max)
@@ -158,7 +158,7 @@ class Importer:
     async def _end(self, image_id: str, reason: str) -> None:
         """The fetch is given up: its bytes go, then its record says why (if there still is one)."""
         log.warning("fetch was given up: %s", reason, extra={"image_id": image_id})
-        await settled(self._offload(self._collector.forget, fetch_ref(image_id)))
+        await settled(self._data(self._collector.forget, fetch_ref(image_id)))
         try:
             await self._update(image_id, lambda image: set_failed(image, reason, now=self._now()))
         except (NotFoundError, ConflictError) as err:
@@ -194,7 +194,7 @@ class Importer:
             return
         limit = self._admission.size_max_bytes
         with await self._offload(self._admission.reserve, fetch_ref(image_id)) as room:
-            async with await Spool.open(self._blobs, self._offload, room, max_bytes=limit) as spool:
+            async with await Spool.open(self._blobs, self._data, room, max_bytes=limit) as spool:
                 self._received[image_id] = spool.offset_bytes
                 try:
                     body = await self._converse(image, spool, room)
@@ -236,7 +236,7 @@ class Importer:
     async def _save(self, image_id: str, spool: Spool) -> None:
         """Make progress durable, and find out whether anybody still wants it."""
         size_bytes = await spool.checkpoint()
-        await self._offload(self._blobs.lease, fetch_ref(image_id), ttl_s=LEASE_TTL_S)
+        await self._data(self._blobs.lease, fetch_ref(image_id), ttl_s=LEASE_TTL_S)
         await self._update(image_id, lambda image: update_size(image, size_bytes))
 
     async def _publish(self, image: Image, body: Body, spool: Spool) -> None:
@@ -246,10 +246,10 @@ class Importer:
         try:
             await self._update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, now=self._now()))
         except (NotFoundError, ConflictError):
-            await settled(self._offload(self._blobs.release, fetch_ref(image.id)))
-            await settled(self._offload(self._collector.drop, info.digest))
+            await settled(self._data(self._blobs.release, fetch_ref(image.id)))
+            await settled(self._data(self._collector.drop, info.digest))
             raise
-        await settled(self._offload(self._blobs.release, fetch_ref(image.id)))
+        await settled(self._data(self._blobs.release, fetch_ref(image.id)))
 
     async def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
         return await settled(self._offload(self._records.update, image_id, change))

@@ -20,7 +20,8 @@ Errors: NotFoundError (get, update, delete of an unknown id), ConflictError (put
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -91,14 +92,33 @@ def _change(old: Image | None, new: Image | None) -> list[Operation]:
 
 
 class MetadataStore:
-    """Image records in one KeyValue. Blocking; threads may share it."""
+    """Image records in one KeyValue. Blocking; threads may share it. Life: construct, ``init``, use, ``shutdown``."""
 
-    def __init__(self, store: KeyValue) -> None:
-        self._store = store
+    def __init__(self, open_engine: Callable[[Mapping[str, Any]], KeyValue]) -> None:
+        self._open_engine = open_engine
+        self._engine: KeyValue | None = None
+
+    @classmethod
+    def over(cls, engine: KeyValue) -> MetadataStore:
+        """Records in an engine that is open already."""
+        store = cls(lambda _: engine)
+        store.init({})
+        return store
+
+    def init(self, config: Mapping[str, Any]) -> None:
+        """Open the engine the configuration describes."""
+        self._engine = self._open_engine(config)
 
     def shutdown(self) -> None:
         """Release the engine; idempotent."""
-        self._store.close()
+        if self._engine is not None:
+            self._engine.close()
+
+    @property
+    def _store(self) -> KeyValue:
+        if self._engine is None:
+            raise UnavailableError("the metadata store is not open")
+        return self._engine
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -31,11 +31,10 @@ from image_service.lifecycle import (
 )
 from image_service.metadata import MetadataStore
 from image_service.sources import SourcePolicy
-from image_service.spool import Spool, settled
+from image_service.spool import Pools, Spool, settled
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import ConflictError, InvalidArgumentError, NotFoundError
-from imaging.threads import Offload
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class ImageService:
         admission: Admission,
         *,
         policy: SourcePolicy,
-        offload: Offload,
+        pools: Pools,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._records = records
@@ -61,14 +60,15 @@ class ImageService:
         self._collector = collector
         self._admission = admission
         self._policy = policy
-        self._offload = offload
+        self._offload = pools.records
+        self._data = pools.data
         self._now = now
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Clear away what a crash left, and go on with every unfinished fetch."""
-        await self._offload(self._collector.recover)
+        await self._data(self._collector.recover)
         for image in await self._offload(self._records.list):
             if image.status not in UNFINISHED:
                 continue
@@ -106,7 +106,7 @@ class ImageService:
         image = await self._offload(self._records.get_by_id, image_id)
         if image.status is not ImageStatus.COMPLETE:
             raise NotFoundError("incomplete image")
-        return image, await self._offload(self._blobs.info, image.blob)
+        return image, await self._data(self._blobs.info, image.blob)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -158,13 +158,13 @@ class ImageService:
         try:
             with await self._offload(self._admission.reserve, ref, length_bytes) as room:
                 limit = self._admission.size_max_bytes
-                async with await Spool.open(self._blobs, self._offload, room, max_bytes=limit) as spool:
+                async with await Spool.open(self._blobs, self._data, room, max_bytes=limit, keep=False) as spool:
                     async for chunk in chunks:
                         await spool.write(chunk)
                     size = None if length_bytes == UNKNOWN_SIZE else length_bytes
                     return await settled(self._publish(image, spool, digest, size))
         finally:
-            await settled(self._offload(self._collector.forget, ref))
+            await settled(self._data(self._collector.forget, ref))
 
     async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size: int | None) -> Image:
         info = await spool.commit(digest=digest, size_bytes=size)
@@ -172,8 +172,8 @@ class ImageService:
         try:
             await self._offload(self._records.put, complete)
         except BaseException:
-            await self._offload(self._blobs.release, upload_ref(image.id))
-            await self._offload(self._collector.drop, info.digest)
+            await self._data(self._blobs.release, upload_ref(image.id))
+            await self._data(self._collector.drop, info.digest)
             raise
         return complete
 
@@ -185,9 +185,9 @@ class ImageService:
 
     async def _clear(self, image: Image) -> None:
         await self._importer.cancel(image.id)
-        await self._offload(self._collector.forget, fetch_ref(image.id))
+        await self._data(self._collector.forget, fetch_ref(image.id))
         if image.digest:
-            await self._offload(self._collector.drop, image.blob)
+            await self._data(self._collector.drop, image.blob)
 
     # -- garbage -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class ImageService:
         while True:
             await asyncio.sleep(interval_s)
             try:
-                await self._offload(self._collector.collect)
+                await self._data(self._collector.collect)
             except Exception:
                 log.exception("garbage collection failed")
 

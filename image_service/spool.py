@@ -21,8 +21,27 @@ T = TypeVar("T")
 LEASE_TTL_S = 3600.0
 """How long a writer is protected without a sign of life; a sign is given many times in that span."""
 
+RECORD_THREADS = 4
+"""Calls on the metadata store: it writes one at a time, and its reads take microseconds."""
+
+DATA_THREADS = 16
+"""Writes, fsyncs and opens of image data: enough that a few slow ones do not hold up the rest."""
+
 PIECE_BYTES = 1 << 20
 """One hop to a thread per MiB: the hop (about 50 us) is then a twentieth of the hashing and writing."""
+
+
+class Pools:
+    """The service's threads: records never wait behind data."""
+
+    def __init__(self) -> None:
+        self.records = Offload("records", RECORD_THREADS)
+        self.data = Offload("data", DATA_THREADS)
+
+    def close(self) -> None:
+        """Let running calls end, refuse new ones."""
+        self.data.close()
+        self.records.close()
 
 
 async def settled(call: Awaitable[T]) -> T:
@@ -40,9 +59,13 @@ async def settled(call: Awaitable[T]) -> T:
 
 
 class Spool:
-    """See the module's docstring. Use as an async context manager: leaving it keeps the ingest for a later resume."""
+    """See the module's docstring. Use as an async context manager.
 
-    def __init__(self, writer: BlobWriter, offload: Offload, reservation: Reservation) -> None:
+    Leaving it without commit keeps the ingest for a later resume, or forgets it if it was opened with ``keep=False``.
+    """
+
+    def __init__(self, writer: BlobWriter, offload: Offload, reservation: Reservation, *, keep: bool) -> None:
+        self._keep = keep
         self._writer = writer
         self._offload = offload
         self._reservation = reservation
@@ -50,7 +73,9 @@ class Spool:
         self._written_bytes = writer.offset_bytes
 
     @classmethod
-    async def open(cls, blobs: BlobStore, offload: Offload, reservation: Reservation, *, max_bytes: int) -> Spool:
+    async def open(
+        cls, blobs: BlobStore, offload: Offload, reservation: Reservation, *, max_bytes: int, keep: bool = True
+    ) -> Spool:
         """Start or resume the ingest a reservation was made for; it is also the name of its lease."""
 
         def start() -> BlobWriter:
@@ -59,7 +84,7 @@ class Spool:
 
         task = asyncio.ensure_future(offload(start))
         try:
-            return cls(await settled(task), offload, reservation)
+            return cls(await settled(task), offload, reservation, keep=keep)
         except asyncio.CancelledError:
             if task.exception() is None:
                 await settled(offload(task.result().close))
@@ -115,4 +140,4 @@ class Spool:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self.close()
+        await (self.close() if self._keep else self.abort())

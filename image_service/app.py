@@ -1,0 +1,96 @@
+"""The image service's composition root: opens the stores, ties the parts together, closes them in the other order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from aiohttp import web
+from prometheus_client import Gauge
+
+from image_service.admission import Admission
+from image_service.collector import Collector
+from image_service.config import ServiceConfig
+from image_service.fetcher import Fetcher
+from image_service.importer import Importer
+from image_service.metadata import MetadataStore
+from image_service.original import find_original, import_original
+from image_service.service import ImageService
+from image_service.spool import Pools
+from image_service.stores import image_stores, metadata_stores
+from image_service.web import ImageEndpoints, render_error
+from imaging.blobs.base import BlobStore
+from imaging.blobs.local import LocalBlobStore
+from rpc.server import LIFECYCLE, METRICS, ServerSettings, create_app
+
+log = logging.getLogger(__name__)
+
+
+def _open_stores(config: ServiceConfig, undo: contextlib.ExitStack) -> tuple[MetadataStore, BlobStore]:
+    """Both stores, open, with what the original left taken over; closed by ``undo``."""
+    records = metadata_stores.new_store(config.metadata_store_type)
+    images = image_stores.new_store(config.image_store_type)
+    records.init(config.metadata_store_config)
+    undo.callback(records.shutdown)
+    images.init(config.image_store_config)
+    undo.callback(images.shutdown)
+    original = find_original(config.metadata_store_config)
+    if original is not None:
+        import_original(original, records, images.blobs, config.images_dir)
+    return records, images.blobs
+
+
+def _admission(config: ServiceConfig, blobs: BlobStore) -> Admission:
+    if isinstance(blobs, LocalBlobStore):
+        return Admission(config.admission, used_bytes=lambda: blobs.used_bytes, directory=config.images_dir)
+    return Admission(config.admission)
+
+
+async def create(settings: ServerSettings, config: ServiceConfig) -> web.Application:
+    """The application, with its stores open and its unfinished fetches running."""
+    pools = Pools()
+    async with contextlib.AsyncExitStack() as undo:
+        undo.callback(pools.close)
+        stores = contextlib.ExitStack()
+        undo.push_async_callback(pools.data, stores.close)
+        records, blobs = await pools.data(_open_stores, config, stores)
+        fetcher = Fetcher(config.policy, config.conversation)
+        undo.push_async_callback(fetcher.close)
+        admission = _admission(config, blobs)
+        collector = Collector(records, blobs, grace_s=config.collect_grace_s)
+        importer = Importer(records, blobs, fetcher, collector, admission, pools=pools, limits=config.fetches)
+        service = ImageService(records, blobs, importer, collector, admission, policy=config.policy, pools=pools)
+        undo.push_async_callback(service.close)
+        app = create_app(settings, render_error=render_error)
+        ImageEndpoints(service, blobs, pools, config.web).add_to(app)
+        _observe(app, importer, config.images_dir)
+        app[LIFECYCLE].park_hooks.append(service.close)
+        await service.start()
+        app.cleanup_ctx.append(_background(service, config.collect_interval_s, undo.pop_all()))
+    return app
+
+
+def _observe(app: web.Application, importer: Importer, images: Path) -> None:
+    """What only this daemon can count."""
+    registry = app[METRICS].registry
+    fetches = Gauge("mistify_image_fetches", "Fetches accepted and not ended", registry=registry)
+    fetches.set_function(lambda: importer.running)
+    log.info("image store is open", extra={"directory": str(images)})
+
+
+def _background(
+    service: ImageService, interval_s: float, closing: contextlib.AsyncExitStack
+) -> Callable[[web.Application], AsyncIterator[None]]:
+    """Collect garbage while the application lives; afterwards close everything."""
+
+    async def run(_app: web.Application) -> AsyncIterator[None]:
+        async with closing:
+            task = asyncio.create_task(service.keep_collecting(interval_s), name="collect garbage")
+            yield
+            task.cancel()
+            await asyncio.wait([task])
+
+    return run

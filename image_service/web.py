@@ -1,0 +1,191 @@
+"""The image service's HTTP endpoints: reading requests, writing answers, nothing else.
+
+Errors are JSON: ``{"message"}`` for 400 and otherwise ``{"message", "code", "stack"}`` with the HTTP status as code and an empty stack, as
+existing clients know them. Headers of ours: ``X-Image-Digest: sha256:<hex>`` on downloads (of the whole blob, also on a range) and, if the
+client knows it, on uploads, which are then refused with 422 if they are something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from image_service.lifecycle import UNKNOWN_SIZE, Image, ImageType
+from image_service.service import ImageService
+from image_service.serving import DIGEST_HEADER, send_blob
+from image_service.spool import Pools
+from imaging.blobs.base import BlobStore
+from imaging.digests import Digest
+from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError, UnavailableError
+from imaging.names import ImageId
+from rpc.messages import ZERO_TIME, FetchRequest, ImageRecord, from_wire
+
+TYPE_HEADER = "X-Image-Type"
+COMMENT_HEADER = "X-Image-Comment"
+
+BODY_TIMEOUT_S = 30.0
+"""A request body of up to a megabyte over the slowest sane link."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebLimits:
+    """Limits on connections."""
+
+    upload_stall_timeout_s: float = 60.0
+    """An upload that brings no byte for so long is given up."""
+
+
+def render_error(status: int, message: str, _code: str) -> web.Response:
+    """The answer to a failed request; see the module's docstring."""
+    body: dict[str, Any] = {"message": message}
+    if status != web.HTTPBadRequest.status_code:
+        body |= {"code": status, "stack": []}
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
+
+
+def to_record(image: Image) -> ImageRecord:
+    """A record as the wire shows it."""
+    return ImageRecord(
+        id=image.id,
+        source=image.source,
+        type=image.type.value,
+        comment=image.comment,
+        status=image.status.value,
+        size_bytes=image.size_bytes,
+        expected_size_bytes=image.expected_size_bytes,
+        download_start=image.download_start or ZERO_TIME,
+        download_end=image.download_end or ZERO_TIME,
+        digest=image.digest,
+        format=image.format,
+        error=image.error,
+    )
+
+
+def _json(status: int, value: Any) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _image_id(request: web.Request) -> str:
+    """The id in the path. One that can't be an id belongs to no image."""
+    try:
+        return ImageId.parse(request.match_info["id"]).text
+    except InvalidNameError as err:
+        raise NotFoundError("not found") from err
+
+
+def _clean(text: str) -> str:
+    """A header's value as text: bytes that are not UTF-8 become replacement characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+class ImageEndpoints:
+    """The handlers of ``/images``."""
+
+    def __init__(self, service: ImageService, blobs: BlobStore, pools: Pools, limits: WebLimits) -> None:
+        self._service = service
+        self._blobs = blobs
+        self._pools = pools
+        self._limits = limits
+
+    def add_to(self, app: web.Application) -> None:
+        """Route requests here."""
+        router = app.router
+        router.add_get("/images", self.list)
+        router.add_post("/images", self.create)
+        router.add_put("/images", self.upload, expect_handler=_expect_nothing_yet)
+        router.add_get("/images/{id}", self.get)
+        router.add_delete("/images/{id}", self.delete)
+        router.add_get("/images/{id}/download", self.download)
+        router.add_route("*", "/images{rest:(?:/[^/]+)*}/", _without_slash)
+
+    async def list(self, request: web.Request) -> web.Response:
+        """GET /images."""
+        text = request.query.get("type", "")
+        image_type = ImageType.parse(text, "invalid type") if text else None
+        return _json(200, [to_record(image) for image in await self._service.list(image_type)])
+
+    async def create(self, request: web.Request) -> web.Response:
+        """POST /images."""
+        wanted = await _read_fetch_request(request)
+        if not wanted.source:
+            raise InvalidArgumentError("missing image source")
+        image_type = ImageType.parse(wanted.type, "invalid image type")
+        image = await self._service.create(wanted.source, image_type, wanted.comment, wanted.digest)
+        return _json(202, to_record(image))
+
+    async def upload(self, request: web.Request) -> web.Response:
+        """PUT /images."""
+        image_type = ImageType.parse(request.headers.get(TYPE_HEADER), f"invalid {TYPE_HEADER} header")
+        digest = request.headers.get(DIGEST_HEADER)
+        length = request.content_length
+        image = await self._service.upload(
+            image_type,
+            self._body(request),
+            comment=_clean(request.headers.get(COMMENT_HEADER, "")),
+            length_bytes=UNKNOWN_SIZE if length is None else length,
+            digest=Digest.parse(digest) if digest else None,
+        )
+        return _json(200, to_record(image))
+
+    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The request's body as it comes in; an error if it stops coming or the client goes away."""
+        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        stall_s = self._limits.upload_stall_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(stall_s):
+                    chunk = await request.content.readany()
+            except TimeoutError as err:
+                raise web.HTTPRequestTimeout(reason=f"No byte of the upload for {stall_s:g} s") from err
+            except (OSError, web.PayloadAccessError, web.RequestPayloadError, HttpProcessingError) as err:
+                raise UnavailableError("the client went away during the upload") from err
+            if not chunk and request.content.at_eof():
+                return
+            yield chunk
+
+    async def get(self, request: web.Request) -> web.Response:
+        """GET /images/{id}."""
+        return _json(200, to_record(await self._service.get(_image_id(request))))
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """DELETE /images/{id}."""
+        return _json(200, to_record(await self._service.delete(_image_id(request))))
+
+    async def download(self, request: web.Request) -> web.StreamResponse:
+        """GET and HEAD /images/{id}/download."""
+        _, info = await self._service.get_blob(_image_id(request))
+        return await send_blob(request, self._blobs, info, self._pools.data)
+
+
+async def _expect_nothing_yet(request: web.Request) -> web.StreamResponse | None:
+    """``100 Continue`` is sent when the upload has been admitted (:meth:`ImageEndpoints._body`), so that a refused one is never sent."""
+    expectation = request.headers.get(hdrs.EXPECT, "")
+    if expectation.lower() == "100-continue":
+        return None
+    return render_error(417, f"unknown expectation {expectation[:64]!r}", "")
+
+
+async def _without_slash(request: web.Request) -> NoReturn:
+    target = request.rel_url
+    query = f"?{target.raw_query_string}" if target.raw_query_string else ""
+    raise web.HTTPMovedPermanently(target.raw_path.rstrip("/") + query)
+
+
+async def _read_fetch_request(request: web.Request) -> FetchRequest:
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            body = await request.read()
+    except TimeoutError as err:
+        raise web.HTTPRequestTimeout(reason=f"No body within {BODY_TIMEOUT_S:g} s") from err
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise InvalidArgumentError(f"invalid JSON: {err}") from err
+    return from_wire(FetchRequest, value)
