@@ -37,6 +37,7 @@ from imaging.errors import (
 from rpc import jsonrpc
 from rpc.jsonrpc import Batch, Call, Fault, LegacyCall, Rejected, Reply
 from rpc.messages import Message, from_wire, to_wire
+from rpc.methods import AgentMethod
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # jsonrpcserver reads its schema the way of Python 3.8
@@ -50,6 +51,8 @@ log = logging.getLogger(__name__)
 
 Q = TypeVar("Q", bound=Message)
 A = TypeVar("A")
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Message)
 
 _CODES: dict[type[MistifyError], int] = {
     InvalidArgumentError: jsonrpc.INVALID_PARAMS,
@@ -123,6 +126,10 @@ class Registry:
                 raise InternalError(f"method {spelling} is registered twice")
             alias_of = "" if spelling == name else name
             self._methods[spelling] = Method(spelling, request, answer, handler, words, alias_of)
+
+    def offer(self, method: AgentMethod[M, R], handler: Callable[[M], Awaitable[R]]) -> None:
+        """Register the handler of one of the agent's methods under every spelling of it."""
+        self.register(method.name, handler, request=method.request, answer=method.answer, aliases=method.aliases)
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self._methods.values())
@@ -198,7 +205,7 @@ def _fault(failure: Any) -> Fault:
     """A failure of ours as it is; one of jsonrpcserver (unknown method, arguments that do not fit) with our kind of data."""
     if isinstance(failure.data, ErrorData):
         return Fault(failure.code, failure.message, failure.data)
-    code = NotFoundError.code if failure.code == jsonrpc.METHOD_NOT_FOUND else InvalidArgumentError.code
+    code = UnsupportedError.code if failure.code == jsonrpc.METHOD_NOT_FOUND else InvalidArgumentError.code
     return Fault(failure.code, failure.message, ErrorData(code=code))
 
 
