@@ -256,11 +256,11 @@ class SqliteKeyValue:
 
     def _open(self, undo: contextlib.ExitStack) -> None:
         with self._translated("cannot open the key/value store"):
-            self._gets = _Reader(self._path)
-            undo.callback(self._gets.close)
             self._refuse_foreign()
             self._table = _Table(self._path)
             undo.callback(self._table.close)
+            self._gets = _Reader(self._path)
+            undo.callback(self._gets.close)
             self._lists = _Reader(self._path)  # of its own, so that a long list delays no get
             undo.callback(self._lists.close)
             self._check_file()
@@ -278,8 +278,9 @@ class SqliteKeyValue:
 
     def _refuse_foreign(self) -> None:
         """Before anything is written: another program's database stays as it is."""
-        tables = [name for (name,) in self._gets.query("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        columns = [row[1] for row in self._gets.query(f'PRAGMA table_info("{_TABLE}")')]
+        with contextlib.closing(_Reader(self._path)) as reader:
+            tables = [name for (name,) in reader.query("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            columns = [row[1] for row in reader.query(f'PRAGMA table_info("{_TABLE}")')]
         if tables and (tables != [_TABLE] or columns != ["key", "value"]):
             raise BadDataError(f"cannot open the key/value store {self._path}: the file belongs to another program")
 
