@@ -1,0 +1,72 @@
+"""Encode, verify and apply of volume streams against sha256 of the same data."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from imaging.sendstream.validator import StreamValidator
+
+from bench.disks import MIB, write_disk
+from bench.harness import Report, compare, mb_per_s, stopwatch
+from imaging.sendstream.volume import StreamHeader, apply_stream, make_stream
+
+SIZE_MIB = 256
+PIECE_BYTES = 1 << 20
+
+
+def run(report: Report, workdir: Path) -> None:
+    """Measure on a disk of SIZE_MIB in the page cache."""
+    raw = write_disk(workdir / "codec.raw", SIZE_MIB)
+    stream = b"".join(_encode(raw))
+    for title, size, ours in (
+        ("stream encode, 16K blocks", SIZE_MIB * MIB, lambda: _drain(_encode(raw))),
+        ("stream verify (all checksums and rules)", len(stream), lambda: _verify(stream)),
+        ("stream apply to a sparse file", SIZE_MIB * MIB, lambda: _apply(stream, workdir / "applied.raw")),
+    ):
+        data = raw.read_bytes() if size == SIZE_MIB * MIB else stream
+        report.add(compare(title, "MB/s", _speed(size, ours), ("sha256", _speed(size, functools.partial(_sha256, data)))))
+
+
+def _speed(size_bytes: int, work: Callable[[], object]) -> Callable[[], float]:
+    def measure() -> float:
+        with stopwatch() as elapsed:
+            work()
+        return mb_per_s(size_bytes, elapsed())
+
+    return measure
+
+
+def _encode(raw: Path) -> Iterator[bytes]:
+    header = StreamHeader(toname="bench/disk@1", guid=1, creation_s=1, volblocksize_bytes=16384)
+    with raw.open("rb") as file:
+        yield from make_stream(file.fileno(), raw.stat().st_size, header)
+
+
+def _drain(pieces: Iterator[bytes]) -> int:
+    return sum(len(piece) for piece in pieces)
+
+
+def _verify(stream: bytes) -> int:
+    validator = StreamValidator()
+    passed = 0
+    for start in range(0, len(stream), PIECE_BYTES):
+        passed += _drain(iter(validator.feed(stream[start : start + PIECE_BYTES])))
+    return passed + len(validator.finish())
+
+
+def _apply(stream: bytes, target: Path) -> None:
+    with target.open("w+b") as file:
+        apply_stream(io.BytesIO(stream), file.fileno())
+        os.ftruncate(file.fileno(), 0)
+
+
+def _sha256(data: bytes) -> str:
+    hasher = hashlib.sha256()
+    for start in range(0, len(data), PIECE_BYTES):
+        hasher.update(memoryview(data)[start : start + PIECE_BYTES])
+    return hasher.hexdigest()
