@@ -74,8 +74,8 @@ class _Decoder:
         return found
 
     def pair(self, depth: int) -> tuple[str, Value] | None:
-        """The next pair, or None at the end mark."""
-        raise BadDataError("not an nvlist")
+        """The next pair at this depth, or None at the end mark."""
+        raise BadDataError(f"an nvlist of unknown encoding at depth {depth}")
 
     def unpack(self, layout: str) -> tuple[int, ...]:
         """Integers here, in the encoding's byte order."""
@@ -158,7 +158,7 @@ class _Xdr(_Decoder):
             raise BadDataError("an nvlist's array has two lengths")
         if kind == _UINT8_ARRAY:
             return bytes(value & 0xFF for value in self.integers("I", count, 4))
-        layout = _ARRAYS[kind] if kind in _ARRAYS else ""
+        layout = _ARRAYS.get(kind, "")
         if not layout:
             raise BadDataError(f"the nvlist has a value of unknown type {kind}")
         wide = layout if layout in "qQ" else "i" if layout.islower() else "I"

@@ -196,7 +196,7 @@ class StreamReader:
             self._pending = frame
 
     def _leave(self) -> None:
-        """An END is complete: what follows?"""
+        """An END is complete: say what may follow."""
         if self._phase is _Phase.BETWEEN or not self._in_package:
             self._phase = _Phase.DONE
         else:

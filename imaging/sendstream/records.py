@@ -131,9 +131,6 @@ class Begin(NamedTuple):
     fromguid: int
     name: bytes
 
-    LAYOUT = struct.Struct("<4xIQQQIIQQ256s")
-    TYPE = RecordType.BEGIN
-
     @property
     def header_type(self) -> int:
         """Plain stream or package, see :class:`HeaderType`."""
@@ -179,19 +176,13 @@ class Object(NamedTuple):
     block_pointers: int
     max_block_id: int
 
-    LAYOUT = struct.Struct("<8xQIIIIBBBBIQBBB5xQ216x")
-    TYPE = RecordType.OBJECT
-
 
 class FreeObjects(NamedTuple):
     """Frees a range of object numbers."""
 
     first: int
-    count: int
+    slots: int
     toguid: int
-
-    LAYOUT = struct.Struct("<8xQQQ248x")
-    TYPE = RecordType.FREEOBJECTS
 
 
 class Write(NamedTuple):
@@ -212,9 +203,6 @@ class Write(NamedTuple):
     iv: bytes
     mac: bytes
 
-    LAYOUT = struct.Struct("<8xQI4xQQQBBB5x32sQQ8s12s16s140x")
-    TYPE = RecordType.WRITE
-
 
 class Free(NamedTuple):
     """Frees a range of an object; ``length`` may be TO_THE_END."""
@@ -224,18 +212,12 @@ class Free(NamedTuple):
     length: int
     toguid: int
 
-    LAYOUT = struct.Struct("<8xQQQQ240x")
-    TYPE = RecordType.FREE
-
 
 class End(NamedTuple):
     """Ends a stream; ``checksum`` is the state before this record."""
 
     checksum: bytes
     toguid: int
-
-    LAYOUT = struct.Struct("<8x32sQ232x")
-    TYPE = RecordType.END
 
 
 class WriteByRef(NamedTuple):
@@ -252,9 +234,6 @@ class WriteByRef(NamedTuple):
     flags: int
     key: bytes
 
-    LAYOUT = struct.Struct("<8xQQQQQQQBB6x40s168x")
-    TYPE = RecordType.WRITE_BYREF
-
 
 class Spill(NamedTuple):
     """System attributes of a filesystem's object."""
@@ -270,9 +249,6 @@ class Spill(NamedTuple):
     mac: bytes
     type: int
 
-    LAYOUT = struct.Struct("<8xQQQBB6xQ8s12s16sI192x")
-    TYPE = RecordType.SPILL
-
 
 class WriteEmbedded(NamedTuple):
     """A block so small (compressed) that its data sits in the block pointer."""
@@ -286,9 +262,6 @@ class WriteEmbedded(NamedTuple):
     logical_bytes: int
     physical_bytes: int
 
-    LAYOUT = struct.Struct("<8xQQQQBB6xII224x")
-    TYPE = RecordType.WRITE_EMBEDDED
-
 
 class ObjectRange(NamedTuple):
     """Encryption parameters of a range of objects (raw streams)."""
@@ -301,9 +274,6 @@ class ObjectRange(NamedTuple):
     mac: bytes
     flags: int
 
-    LAYOUT = struct.Struct("<8xQQQ8s12s16sB211x")
-    TYPE = RecordType.OBJECT_RANGE
-
 
 class Redact(NamedTuple):
     """A range whose data was left out on purpose."""
@@ -312,9 +282,6 @@ class Redact(NamedTuple):
     offset: int
     length: int
     toguid: int
-
-    LAYOUT = struct.Struct("<8xQQQQ240x")
-    TYPE = RecordType.REDACT
 
 
 Record: TypeAlias = (
@@ -336,6 +303,21 @@ RECORD_CLASSES: tuple[type[Record], ...] = (
 )
 """By record type."""
 
+_LAYOUTS = (
+    struct.Struct("<4xIQQQIIQQ256s"),
+    struct.Struct("<8xQIIIIBBBBIQBBB5xQ216x"),
+    struct.Struct("<8xQQQ248x"),
+    struct.Struct("<8xQI4xQQQBBB5x32sQQ8s12s16s140x"),
+    struct.Struct("<8xQQQQ240x"),
+    struct.Struct("<8x32sQ232x"),
+    struct.Struct("<8xQQQQQQQBB6x40s168x"),
+    struct.Struct("<8xQQQBB6xQ8s12s16sI192x"),
+    struct.Struct("<8xQQQQBB6xII224x"),
+    struct.Struct("<8xQQQ8s12s16sB211x"),
+    struct.Struct("<8xQQQQ240x"),
+)
+"""By record type: a header's fields up to its checksum (of BEGIN: all of it)."""
+_TYPES: dict[type[tuple[object, ...]], int] = {cls: number for number, cls in enumerate(RECORD_CLASSES)}
 _TYPE_WORDS = tuple(struct.pack("<I", number) for number in range(len(RECORD_CLASSES)))
 _SIZES_OF_OBJECT = struct.Struct("<28xI4xI")
 _SIZES_OF_WRITE = struct.Struct("<32xQ10xB45xQ")
@@ -345,14 +327,14 @@ _SIZES_OF_EMBEDDED = struct.Struct("<52xI")
 
 def pack(record: Record) -> bytes:
     """The header without its checksum: SEALED_BYTES, for BEGIN all HEADER_BYTES."""
-    body = record.LAYOUT.pack(*record)
-    return _TYPE_WORDS[record.TYPE] + body[4:]
+    number = _TYPES[type(record)]
+    return _TYPE_WORDS[number] + _LAYOUTS[number].pack(*record)[4:]
 
 
 def parse(header: bytes | memoryview) -> Record:
     """The record whose header this is; its type must be known."""
-    cls = RECORD_CLASSES[header[0]]
-    return cls._make(cls.LAYOUT.unpack_from(header))
+    number = header[0]
+    return RECORD_CLASSES[number]._make(_LAYOUTS[number].unpack_from(header))
 
 
 def payload_size(record_type: int, header: bytes | memoryview, start: int = 0) -> int:

@@ -142,7 +142,8 @@ class VolumeRules:
     def state(self) -> VolumeState:
         """The volume after END; only if the base was given or the stream is full."""
         size = self.volume_size_bytes if self.volume_size_bytes is not None else self._base_size()
-        assert self.ended and size is not None
+        assert self.ended
+        assert size is not None
         begin = self.begin
         return VolumeState(begin.toguid, begin.fromguid, size, self._block_bytes, begin.creation_s, begin.toname)
 
@@ -190,7 +191,7 @@ class VolumeRules:
         expected = {DATA_OBJECT: DATA_TYPE, PROPERTIES_OBJECT: PROPERTIES_TYPE}.get(record.object)
         if expected is None or record.type != expected:
             raise BadDataError(f"a volume has no object {record.object} of type {record.type} [rule objects]")
-        if self._announced and max(self._announced) >= record.object or self._last[0] > record.object:
+        if max(self._announced, default=0) >= record.object or self._last[0] > record.object:
             raise BadDataError(f"object {record.object} is out of order [rule objects]")
         if record.object == PROPERTIES_OBJECT and DATA_OBJECT not in self._announced and not self._incremental:
             raise BadDataError("object 2 before object 1 [rule objects]")
@@ -217,9 +218,9 @@ class VolumeRules:
         self._block_bytes = size
 
     def _check_free_objects(self, record: FreeObjects) -> None:
-        if record.first > PROPERTIES_OBJECT or record.first + record.count <= DATA_OBJECT or not record.count:
+        if record.first > PROPERTIES_OBJECT or record.first + record.slots <= DATA_OBJECT or not record.slots:
             return
-        touched = {DATA_OBJECT, PROPERTIES_OBJECT} & set(range(record.first, min(record.first + record.count, 3)))
+        touched = {DATA_OBJECT, PROPERTIES_OBJECT} & set(range(record.first, min(record.first + record.slots, 3)))
         text = f"frees the volume's {'data' if DATA_OBJECT in touched else 'properties'} [rule free objects]"
         if self._incremental or touched & self._announced:
             raise BadDataError(text)

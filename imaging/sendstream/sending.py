@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ def make_stream(
 
     Errors: InvalidArgumentError (header, an empty image), BadDataError (the image is shorter than said).
     """
-    _check(size_bytes, header, older is not None)
+    _check(size_bytes, header, incremental=older is not None)
     size = padded_size(size_bytes, header.volblocksize_bytes)
     writer = VolumeWriter(header)
     writer.start(size)
@@ -97,7 +98,7 @@ def make_stream_from(source: Readable, header: StreamHeader, *, size_bytes: int 
     yield writer.take()
 
 
-def _check(size_bytes: int, header: StreamHeader, incremental: bool) -> None:
+def _check(size_bytes: int, header: StreamHeader, *, incremental: bool) -> None:
     header.check()
     if size_bytes <= 0:
         raise InvalidArgumentError("an image of 0 bytes is no volume")
@@ -112,7 +113,8 @@ Chunk = tuple[int, "Rows | int", "Kinds | int"]
 def _encode(writer: VolumeWriter, chunks: Iterable[Chunk]) -> Iterator[bytes]:
     for offset, rows, kinds in chunks:
         if isinstance(rows, int) or isinstance(kinds, int):
-            assert isinstance(rows, int) and isinstance(kinds, int)
+            assert isinstance(rows, int)
+            assert isinstance(kinds, int)
             _put(writer, offset, rows, kinds, None)
         else:
             _encode_rows(writer, offset, rows, kinds)
@@ -123,7 +125,7 @@ def _encode(writer: VolumeWriter, chunks: Iterable[Chunk]) -> Iterator[bytes]:
 def _encode_rows(writer: VolumeWriter, offset: int, rows: Rows, kinds: Kinds) -> None:
     block_bytes = rows.shape[1]
     cuts = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         length = (end - start) * block_bytes
         _put(writer, offset + start * block_bytes, length, int(kinds[start]), rows[start:end])
 

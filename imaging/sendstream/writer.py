@@ -200,11 +200,11 @@ class VolumeWriter:
         compressed = header.compression is not BlockCompression.NONE
         self._encoder = BlockEncoder(header.compression) if compressed else None
 
-    def start(self, end_of_data: int | None, begin_payload: bytes = b"", features: Feature = Feature(0)) -> None:
+    def start(self, end_of_data: int | None, begin_payload: bytes = b"", extra_features: int = 0) -> None:
         """BEGIN and the data object. ``end_of_data``: where its last block ends, if that is known already."""
         begin = self._header.begin()
         self._out.append(
-            self._stream.begin(begin._replace(versioninfo=begin.versioninfo | features << 2), begin_payload)
+            self._stream.begin(begin._replace(versioninfo=begin.versioninfo | extra_features << 2), begin_payload)
         )
         self._put(self._object(DATA_OBJECT, DATA_TYPE, self._header.volblocksize_bytes))
         if end_of_data is not None:
