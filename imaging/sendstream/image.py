@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
 import struct
@@ -49,7 +50,7 @@ def data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
             start = os.lseek(fd, position, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as err:
-            if err.errno != 6:  # ENXIO: nothing but a hole up to the end
+            if err.errno != errno.ENXIO:  # that one says: nothing but a hole up to the end
                 yield position, size_bytes
             return
         if start >= size_bytes:

@@ -25,7 +25,6 @@ from imaging.sendstream.records import (
     RECORD_CLASSES,
     SEALED_BYTES,
     Begin,
-    End,
     HeaderType,
     Record,
     RecordType,
@@ -277,6 +276,3 @@ class StreamReader:
 def _require_zero(header: memoryview, start: int) -> None:
     if any(header[start:]):
         raise BadDataError("bytes that must be zero are not")
-
-
-__all__ = ["End", "Frame", "StreamReader"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from imaging.errors import BadDataError, ConflictError, InvalidArgumentError, UnsupportedError
+from imaging.errors import BadDataError, ConflictError, UnsupportedError
 from imaging.sendstream.image import VolumeImage
 from imaging.sendstream.package import StreamSet, resume_position
 from imaging.sendstream.reader import Frame, StreamReader
 from imaging.sendstream.records import (
     DATA_OBJECT,
-    TO_THE_END,
     Begin,
     End,
     Feature,
@@ -172,6 +171,3 @@ def apply_stream(
     while piece := source.read(READ_BYTES):
         receiver.feed(piece)
     return receiver.finish()
-
-
-__all__ = ["TO_THE_END", "InvalidArgumentError", "Readable", "VolumeReceiver", "apply_stream"]

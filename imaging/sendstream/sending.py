@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import numpy.typing as npt
 
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InvalidArgumentError, from_os_error
+from imaging.sendstream import nvlist
 from imaging.sendstream.image import data_ranges
 from imaging.sendstream.receiving import Readable
+from imaging.sendstream.records import DATA_OBJECT, Feature
 from imaging.sendstream.writer import StreamHeader, VolumeWriter
 
 CHUNK_BYTES = 1 << 20
@@ -55,19 +58,27 @@ def make_stream(
     header: StreamHeader,
     *,
     older: OlderImage | None = None,
+    resume_offset: int | None = None,
 ) -> Iterator[bytes]:
     """The stream of the image behind ``fd``, in pieces of about half a MiB to 1 MiB; the same input gives the same bytes.
 
     The image is padded with zeros to whole blocks. Holes are skipped without reading them. With ``older`` (and
-    ``header.fromguid``) the stream holds only what differs; both images must not change meanwhile.
+    ``header.fromguid``) the stream holds only what differs; both images must not change meanwhile. With ``resume_offset`` (from
+    a receiver's token, for object 1) it is a resuming stream, which starts there.
 
     Errors: InvalidArgumentError (header, an empty image), BadDataError (the image is shorter than said).
     """
     _check(size_bytes, header, incremental=older is not None)
     size = padded_size(size_bytes, header.volblocksize_bytes)
     writer = VolumeWriter(header)
-    writer.start(size)
-    chunks = _changes(fd, size_bytes, older, size, header) if older else _contents(fd, size_bytes, size, header)
+    start = 0 if resume_offset is None else resume_offset
+    if resume_offset is None:
+        writer.start(size)
+    else:
+        place: nvlist.NvList = {"resume_object": DATA_OBJECT, "resume_offset": resume_offset}
+        writer.start(size, nvlist.encode_native(place), Feature.RESUMING)
+    images = (_Image(fd, size_bytes, start), _Image(older.fd, older.size_bytes, start) if older else None)
+    chunks = _changes(images[0], images[1], size, header) if images[1] else _contents(images[0], size, header)
     yield from _encode(writer, chunks)
     old_size = padded_size(older.size_bytes, header.volblocksize_bytes) if older else None
     writer.finish(None if size == old_size else size)
@@ -140,31 +151,53 @@ def _put(writer: VolumeWriter, offset: int, length: int, kind: int, rows: Rows |
         writer.blocks(offset, rows)
 
 
-def _contents(fd: int, size_bytes: int, size: int, header: StreamHeader) -> Iterator[Chunk]:
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image from ``start`` on."""
+
+    fd: int
+    size_bytes: int
+    start: int
+
+    def ranges(self, end: int) -> Iterator[tuple[int, int]]:
+        """Stretches with data up to ``end``."""
+        for low, high in data_ranges(self.fd, min(self.size_bytes, end)):
+            if high > self.start:
+                yield max(low, self.start), high
+
+    def rows(self, offset: int, length: int, block_bytes: int) -> Rows:
+        """Whole blocks, padded with zeros past the image's end."""
+        wanted = max(0, min(length, self.size_bytes - offset))
+        data = _read_exactly(self.fd, offset, wanted) if wanted else b""
+        return _rows(data if wanted == length else data + bytes(length - wanted), block_bytes)
+
+
+def _contents(image: _Image, size: int, header: StreamHeader) -> Iterator[Chunk]:
     """Every block of an image; holes in one step."""
-    position = 0
-    for start, end in _block_ranges(data_ranges(fd, size_bytes), header.volblocksize_bytes):
+    block_bytes = header.volblocksize_bytes
+    position = image.start
+    for start, end in _block_ranges(image.ranges(size), block_bytes):
         if start > position:
             yield position, start - position, _ZERO
-        for offset, length in _pieces(start, end, header.volblocksize_bytes):
-            rows = _read_rows(fd, size_bytes, offset, length, header.volblocksize_bytes)
+        for offset, length in _pieces(start, end, block_bytes):
+            rows = image.rows(offset, length, block_bytes)
             yield offset, rows, _kinds(rows)
         position = end
     if position < size:
         yield position, size - position, _ZERO
 
 
-def _changes(fd: int, size_bytes: int, older: OlderImage, size: int, header: StreamHeader) -> Iterator[Chunk]:
+def _changes(image: _Image, older: _Image, size: int, header: StreamHeader) -> Iterator[Chunk]:
     """Every block that may differ: where either image has data."""
     block_bytes = header.volblocksize_bytes
-    both = sorted([*data_ranges(fd, size_bytes), *data_ranges(older.fd, min(older.size_bytes, size))])
-    position = 0
+    both = heapq.merge(image.ranges(size), older.ranges(size))
+    position = image.start
     for start, end in _block_ranges(both, block_bytes):
         if start > position:
             yield position, start - position, _SAME
-        for offset, length in _pieces(start, min(end, size), block_bytes):
-            rows = _read_rows(fd, size_bytes, offset, length, block_bytes)
-            old = _read_rows(older.fd, older.size_bytes, offset, length, block_bytes)
+        for offset, length in _pieces(start, end, block_bytes):
+            rows = image.rows(offset, length, block_bytes)
+            old = older.rows(offset, length, block_bytes)
             if np.array_equal(rows, old):
                 yield offset, length, _SAME
             else:
@@ -193,19 +226,17 @@ def _pieces(start: int, end: int, block_bytes: int) -> Iterator[tuple[int, int]]
         yield offset, min(step, end - offset)
 
 
-def _read_rows(fd: int, size_bytes: int, offset: int, length: int, block_bytes: int) -> Rows:
-    """Whole blocks, padded with zeros past the image's end."""
-    wanted = max(0, min(length, size_bytes - offset))
+def _read_exactly(fd: int, offset: int, size: int) -> bytes:
     try:
-        data = os.pread(fd, wanted, offset)
-        while len(data) < wanted:
-            more = os.pread(fd, wanted - len(data), offset + len(data))
+        data = os.pread(fd, size, offset)
+        while len(data) < size:
+            more = os.pread(fd, size - len(data), offset + len(data))
             if not more:
-                raise BadDataError(f"the image ends at byte {offset + len(data)} instead of {size_bytes}")
+                raise BadDataError(f"the image ends at byte {offset + len(data)}, before its stated size")
             data += more
     except OSError as err:
         raise from_os_error(err, "reading the image failed") from err
-    return _rows(data if wanted == length else data + bytes(length - wanted), block_bytes)
+    return data
 
 
 def _rows(data: bytes, block_bytes: int) -> Rows:
