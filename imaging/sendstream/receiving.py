@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from imaging.compression import Readable
 from imaging.errors import BadDataError, ConflictError, UnsupportedError
 from imaging.sendstream.image import VolumeImage
 from imaging.sendstream.package import StreamSet, resume_position
@@ -22,13 +21,6 @@ from imaging.sendstream.state import ResumePoint, VolumeState
 
 READ_BYTES = 1 << 20
 """Pieces of this size keep the checksum's arrays in the cache and the number of calls low."""
-
-
-class Readable(Protocol):
-    """A blocking byte source."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Up to ``size`` bytes; empty at the end."""
 
 
 class VolumeReceiver:

@@ -37,12 +37,12 @@ class ResumeToken:
     object: int
     offset: int
     received_bytes: int
-    features: Feature = Feature(0)
+    features: int = 0
 
     @classmethod
     def at(cls, point: ResumePoint, received_bytes: int) -> ResumeToken:
         """The token for a transfer that broke off there."""
-        known = Feature(point.features & sum(_FLAGS.values()))
+        known = point.features & sum(_FLAGS.values())
         return cls(point.toguid, point.fromguid, point.toname, point.object, point.offset, received_bytes, known)
 
     def encode(self) -> str:
@@ -74,9 +74,7 @@ class ResumeToken:
                 raise BadDataError(f"the resume token has no number {name}")
             return value
 
-        features = Feature(0)
-        for name, feature in _FLAGS.items():
-            features |= feature if name in values else Feature(0)
+        features = sum(feature for name, feature in _FLAGS.items() if name in values)
         place = number("object"), number("offset"), number("bytes")
         return cls(number("toguid"), number("fromguid"), str(values.get("toname", "")), *place, features)
 

@@ -12,11 +12,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from imaging.compression import Readable
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InvalidArgumentError, from_os_error
 from imaging.sendstream import nvlist
 from imaging.sendstream.image import data_ranges
-from imaging.sendstream.receiving import Readable
 from imaging.sendstream.records import DATA_OBJECT, Feature
 from imaging.sendstream.writer import StreamHeader, VolumeWriter
 

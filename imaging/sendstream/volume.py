@@ -5,9 +5,10 @@
 * :func:`hash_image`, :func:`data_ranges`, :func:`derive_guid`: around it.
 """
 
+from imaging.compression import Readable
 from imaging.sendstream.blocks import BlockCompression
 from imaging.sendstream.image import data_ranges, hash_image, image_size, punch_hole
-from imaging.sendstream.receiving import Readable, VolumeReceiver, apply_stream
+from imaging.sendstream.receiving import VolumeReceiver, apply_stream
 from imaging.sendstream.rules import DEFAULT_LIMITS, Limits
 from imaging.sendstream.sending import OlderImage, derive_guid, make_stream, make_stream_from, padded_size
 from imaging.sendstream.state import ResumePoint, VolumeState
