@@ -161,8 +161,9 @@ class LocalBlobStore:
         with self._lock, os_errors(f"cannot publish blob {digest}"):
             self._check_open()
             self._leases.add(files.state.lease, digest, now_s=now)
-            if target.exists():
-                os.utime(target, (now, now))
+            known = target.exists()
+            os.utime(target if known else files.data_path, (now, now))  # a collection sees a young blob
+            if known:
                 self._space.give(files.offset_bytes)
             else:
                 files.data_path.rename(target)

@@ -158,11 +158,9 @@ class LocalBlobWriter:
             raise BadDataError(f"the ingest {self.ref[:80]!r} {problem}")
 
     def _seal(self) -> None:
-        """Read-only, dated, durable: all that may fail happens before the rename."""
-        now = self._clock()
+        """Read-only and durable: all that may fail happens before the rename."""
         with os_errors(f"cannot seal ingest {self.ref[:80]!r}"):
             os.fchmod(self._files.fd, BLOB_MODE)
-            os.utime(self._files.fd, (now, now))
         self._files.sync_data()
         if os.fstat(self._files.fd).st_size != self.offset_bytes:
             self._drop()
