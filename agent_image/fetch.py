@@ -1,0 +1,195 @@
+"""One image, fetched: download, decompress, receive into a hidden dataset, verify, mark complete.
+
+The stages overlap: one thread reads the network and computes the digest, one decompresses, and the caller's writes.
+Nothing is visible before :meth:`agent_image.store_images.Images.publish`; the mark is put after the digest, the length and the
+stream's own END were found right, so a marked incoming dataset is never fetched again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from agent_image.fetch_content import check_raw, decompressed, stream_snapshot
+from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
+from agent_image.fetch_pipe import ReadAhead, first_failure
+from agent_image.fetch_raw import RawWriter
+from agent_image.fetch_server import ImageServer, check_source
+from agent_image.guests_space import SpaceLedger
+from agent_image.store_images import PROPERTY_IMAGE, Images, mark, parse_image_id
+from imaging.digests import Digest, MultiHasher
+from imaging.errors import BadDataError, MistifyError, NotFoundError
+from imaging.names import DatasetName
+
+RAW_SNAPSHOT = "image"
+"""Snapshot of an image that came as a raw disk; a stream brings its own name."""
+
+log = logging.getLogger(__name__)
+
+
+class FetchOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wanted; the payload of a job."""
+
+    id: str
+    type: str = ""
+    source: str = ""
+    digest: str = ""
+
+    @classmethod
+    def checked(cls, image_id: str, *, kind: str = "", source: str = "", digest: str = "") -> FetchOrder:
+        """From a request: InvalidArgumentError, InvalidNameError."""
+        expected = str(Digest.parse(digest)) if digest else ""
+        return cls(id=parse_image_id(image_id), type=kind, source=check_source(source), digest=expected)
+
+    @property
+    def key(self) -> str:
+        """The job's key: one image, one job."""
+        return f"image/{self.id}"
+
+
+@dataclass(slots=True)
+class FetchProgress:
+    """How far a fetch is; written by its threads, read by the event loop."""
+
+    received_bytes: int = 0
+    expected_bytes: int | None = None
+
+    def to_job(self) -> dict[str, Any]:
+        """What is stored with the job."""
+        return {"received_bytes": self.received_bytes, "expected_bytes": self.expected_bytes}
+
+
+class Fetcher:
+    """Fetches images; blocking."""
+
+    def __init__(
+        self,
+        images: Images,
+        server: ImageServer,
+        limits: FetchLimits,
+        ledger: SpaceLedger,
+        *,
+        count_bytes: Callable[[int], None] = lambda _bytes: None,
+    ) -> None:
+        self._images = images
+        self._driver = images.pool.driver
+        self._server = server
+        self._limits = limits
+        self._ledger = ledger
+        self._count_bytes = count_bytes
+
+    def fetch(self, order: FetchOrder, cancel: CancelToken, progress: FetchProgress) -> None:
+        """Leave the image complete and marked in its incoming dataset, or nothing at all.
+
+        ConflictError if it was cancelled; UnavailableError if another attempt may succeed.
+        """
+        incoming = self._images.pool.incoming(order.id)
+        self._images.check_free(order.id)
+        if self._is_complete(incoming, order.id):
+            log.info("an image had arrived before the last stop", extra={"image_id": order.id})
+            return
+        self._clear(incoming)
+        try:
+            self._download(order, incoming, cancel, progress)
+        except BaseException:
+            self._clear(incoming)
+            raise
+
+    def _is_complete(self, incoming: DatasetName, image_id: str) -> bool:
+        try:
+            return self._driver.get(incoming).properties.get(PROPERTY_IMAGE) == image_id
+        except NotFoundError:
+            return False
+
+    def _clear(self, incoming: DatasetName) -> None:
+        try:
+            self._driver.destroy(incoming, recursive=True)
+        except NotFoundError:
+            return  # nothing was left
+
+    def _download(self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress) -> None:
+        url = self._server.url(order.id, order.source)
+        with HttpBody(url, self._limits, cancel, self._server.headers_for(url)) as body:
+            progress.received_bytes, progress.expected_bytes = 0, body.expected_bytes
+            wanted = Digest.parse(order.digest) if order.digest else None
+            hasher = MultiHasher({"sha256", wanted.algorithm if wanted is not None else "sha256"})
+
+            def watch(piece: bytes) -> None:
+                hasher.update(piece)
+                progress.received_bytes = hasher.size_bytes
+                self._count_bytes(len(piece))
+
+            snapshot = self._store(body, incoming, watch)
+            for expected in (wanted, body.digest):
+                _check_digest(body.url, hasher, expected)
+            cancel.check()
+            facts = mark(
+                order.id,
+                snapshot,
+                kind=order.type or body.type,
+                source=order.source and url,
+                digest=str(hasher.digest()),
+            )
+            self._driver.set_properties(incoming, facts)
+
+    def _store(self, body: HttpBody, incoming: DatasetName, watch: Callable[[bytes], None]) -> str:
+        """Everything up to the end of the body; the snapshot's name."""
+        stages: list[ReadAhead] = []
+        with ExitStack() as stack:
+            # Registered first, so done last: the threads end when their source does, and closing wakes them.
+            network = stack.enter_context(ReadAhead(body, "fetch-network", watch=watch))
+            stages.append(network)
+            stack.callback(body.wake)
+            try:
+                plain = self._unpack(network, stages, stack)
+                size_bytes = body.expected_bytes if plain is network else None
+                snapshot = self._write(plain, incoming, size_bytes)
+                _drain(network)
+            except MistifyError as err:
+                failure = first_failure(stages, err)
+                raise failure from (err if failure is not err else err.__cause__)
+        return snapshot
+
+    def _unpack(self, network: ReadAhead, stages: list[ReadAhead], stack: ExitStack) -> ReadAhead:
+        """The stage that has the image's own bytes: the network's, or one more that decompresses."""
+        # Room for the framing of a stream around the largest volume.
+        unpacked = decompressed(network, size_max_bytes=2 * self._limits.image_max_bytes)
+        if unpacked is None:
+            return network
+        stages.append(ReadAhead(unpacked, "fetch-decompress"))
+        return stack.enter_context(stages[-1])
+
+    def _write(self, plain: ReadAhead, incoming: DatasetName, size_bytes: int | None) -> str:
+        snapshot = stream_snapshot(plain)
+        if snapshot is not None:
+            self._receive(plain, incoming, snapshot)
+            return snapshot
+        check_raw(plain)
+        with self._ledger.promise(0 if size_bytes is None else size_bytes):
+            RawWriter(self._driver, incoming, size_max_bytes=self._limits.image_max_bytes).write(plain, size_bytes)
+        self._driver.snapshot(incoming @ RAW_SNAPSHOT)
+        return RAW_SNAPSHOT
+
+    def _receive(self, plain: ReadAhead, incoming: DatasetName, snapshot: str) -> None:
+        info = self._driver.receive(incoming @ snapshot, plain)
+        if info.volsize_bytes is None:
+            raise BadDataError("the image is the stream of a filesystem, not of a volume")
+
+
+def _check_digest(url: str, hasher: MultiHasher, expected: Digest | None) -> None:
+    if expected is None:
+        return
+    found = hasher.digest(expected.algorithm)
+    if not expected.matches(found):
+        raise BadDataError(f"{url} is not the image that was asked for: want {expected}, got {found}")
+
+
+def _drain(network: ReadAhead) -> None:
+    """BadDataError if the body goes on after the image has ended."""
+    if network.read(1):
+        raise BadDataError("bytes after the end of the image")

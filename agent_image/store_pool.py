@@ -1,0 +1,211 @@
+"""The pool as the store sees it: ids of requests turned into names once, hidden datasets hidden, driver calls off the loop."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo, StorageDriver
+from agent_image.store_locks import SubtreeLocks
+from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError, NotPermittedError
+from imaging.names import DatasetName, SnapshotName, parse_wire_name
+from imaging.threads import Offload
+
+P = ParamSpec("P")
+T = TypeVar("T")
+N = TypeVar("N", DatasetName, SnapshotName)
+
+IMAGES = "images"
+GUESTS = "guests"
+
+_INCOMING = ".incoming-"
+_DELETED = ".deleted-"
+_HIDDEN = re.compile(r"\.(incoming|deleted)-")
+
+Observer = Callable[[str, float], None]
+"""Told of each call: the operation and how many seconds it took, waiting for a thread included."""
+
+
+def _observe_nothing(_operation: str, _duration_s: float) -> None:
+    """Nobody counts."""
+
+
+NOT_A_DATASET = "not a valid dataset"
+"""What old clients are told about a name that breaks the rules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume (or, where a dataset of any kind is shown, a filesystem with size 0 and no device)."""
+
+    name: DatasetName
+    size_bytes: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A snapshot; ``written_bytes`` is what was written since the one before."""
+
+    name: SnapshotName
+    written_bytes: int
+
+
+class Pool:
+    """One pool behind a driver.
+
+    Ids in requests are relative to the pool. A full name is accepted too: if the relative reading does not exist and the first
+    component is our pool, it is the pool. Datasets of our own (an image that is arriving, one that is deleted but still has clones)
+    do not exist for callers.
+    """
+
+    def __init__(self, driver: StorageDriver, offload: Offload, *, observe: Observer = _observe_nothing) -> None:
+        self.driver = driver
+        self._observe = observe
+        self.locks = SubtreeLocks()
+        self._offload = offload
+        self.root = driver.pool.root
+        self.images = self.root / IMAGES
+        self.guests = self.root / GUESTS
+
+    async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking call (a driver's method) on a thread."""
+        started_s = time.perf_counter()
+        try:
+            return await self._offload(function, *args, **kwargs)
+        finally:
+            self._observe(function.__name__.lstrip("_"), time.perf_counter() - started_s)
+
+    async def open(self) -> None:
+        """Make the two datasets everything lives below."""
+        for name in (self.images, self.guests):
+            await self.run(self._ensure_filesystem, name)
+
+    def _ensure_filesystem(self, name: DatasetName) -> None:
+        try:
+            self.driver.get(name)
+        except NotFoundError:
+            self.driver.create_filesystem(name)
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def incoming(self, image_id: str) -> DatasetName:
+        """Where an image is received."""
+        return self.images / f"{_INCOMING}{image_id}"
+
+    def tombstone(self, image_id: str, token: str) -> DatasetName:
+        """Where a deleted image waits for its last clone to go."""
+        return self.images / f"{_DELETED}{image_id}-{token}"
+
+    def is_incoming(self, name: DatasetName) -> bool:
+        """Whether an image is received there."""
+        return name.parent == self.images and name.leaf.startswith(_INCOMING)
+
+    def incoming_id(self, name: DatasetName) -> str:
+        """Which image is received there."""
+        return name.leaf.removeprefix(_INCOMING)
+
+    def is_tombstone(self, name: DatasetName) -> bool:
+        """Whether a deleted image waits there."""
+        return name.parent == self.images and name.leaf.startswith(_DELETED)
+
+    def is_hidden(self, name: DatasetName) -> bool:
+        """Whether callers must not see it."""
+        return name.is_within(self.images) and len(name.parts) > 2 and _HIDDEN.match(name.parts[2]) is not None
+
+    def check_destroyable(self, name: DatasetName) -> None:
+        """NotPermittedError for the datasets that make the pool ours."""
+        if name in {self.root, self.images, self.guests}:
+            raise NotPermittedError(f"{name} is part of the layout of the pool and can't be deleted")
+
+    async def resolve(self, wire_id: str) -> DatasetName | SnapshotName:
+        """The name an id of a request means, whether or not anything is there; InvalidNameError."""
+        try:
+            relative = parse_wire_name(self.driver.pool, wire_id)
+        except InvalidNameError:
+            relative = None  # a full name may fit where pool + full name is too long
+        if not self._starts_with_pool(wire_id):
+            return relative if relative is not None else parse_wire_name(self.driver.pool, wire_id)
+        if relative is not None and await self.exists(relative):
+            return relative
+        return self.parse_full(wire_id)
+
+    def _starts_with_pool(self, wire_id: str) -> bool:
+        return re.split(r"[/@]", wire_id, maxsplit=1)[0] == str(self.driver.pool)
+
+    def parse_full(self, text: str) -> DatasetName | SnapshotName:
+        """A full name, pool first; InvalidNameError if it is malformed or of another pool."""
+        if not self._starts_with_pool(text):
+            err = InvalidNameError(NOT_A_DATASET)
+            err.add_note(f"not in pool {self.driver.pool}")
+            raise err
+        return SnapshotName.parse(text) if "@" in text else DatasetName.parse(text)
+
+    async def resolve_new(self, wire_id: str) -> DatasetName:
+        """The name of a dataset to make; InvalidNameError also for snapshots and for names we keep for ourselves."""
+        return self._check_new(await self.resolve(wire_id))
+
+    def parse_new(self, text: str) -> DatasetName:
+        """The same, from a full name."""
+        return self._check_new(self.parse_full(text))
+
+    def _check_new(self, name: DatasetName | SnapshotName) -> DatasetName:
+        if isinstance(name, SnapshotName) or self.is_hidden(name):
+            raise InvalidNameError(NOT_A_DATASET)
+        return name
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    async def exists(self, name: DatasetName | SnapshotName) -> bool:
+        """Whether a dataset or snapshot is there, for callers."""
+        try:
+            await (self.get_snapshot(name) if isinstance(name, SnapshotName) else self.get(name))
+        except NotFoundError:
+            return False
+        return True
+
+    async def get(self, name: DatasetName) -> DatasetInfo:
+        """The dataset; NotFoundError with the words old clients know."""
+        if self.is_hidden(name):
+            raise NotFoundError("not found")
+        return await self._known(self.driver.get, name)
+
+    async def get_snapshot(self, name: SnapshotName) -> SnapshotInfo:
+        """The snapshot; NotFoundError with the words old clients know."""
+        if self.is_hidden(name.dataset):
+            raise NotFoundError("not found")
+        return await self._known(self.driver.get_snapshot, name)
+
+    async def _known(self, function: Callable[[N], T], name: N) -> T:
+        try:
+            return await self.run(function, name)
+        except NotFoundError as err:
+            raise NotFoundError("not found") from err
+
+    async def find(self, wire_id: str) -> DatasetInfo | SnapshotInfo:
+        """What an id of a request names; InvalidNameError, NotFoundError, and for no id ``need an id``."""
+        if not wire_id:
+            raise InvalidArgumentError("need an id")
+        name = await self.resolve(wire_id)
+        return await (self.get_snapshot(name) if isinstance(name, SnapshotName) else self.get(name))
+
+    # -- showing -----------------------------------------------------------------------------------------------------
+
+    def show(self, info: DatasetInfo) -> Volume:
+        """Blocking: a dataset as callers see it."""
+        if info.kind is not DatasetKind.VOLUME:
+            return Volume(info.name, 0, "")
+        return Volume(info.name, info.volsize_bytes or 0, str(self.driver.device(info.name)))
+
+    def show_snapshots(self, names: Sequence[SnapshotName]) -> list[Snapshot]:
+        """Blocking: snapshots as callers see them; those that are gone meanwhile are left out."""
+        shown = []
+        for name in names:
+            try:
+                shown.append(Snapshot(name, self.driver.usage(name).written_bytes))
+            except NotFoundError:
+                continue
+        return shown
