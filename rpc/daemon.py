@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ PARK_SHARE = 0.3
 BACKLOG = 1024
 """Connections that wait to be accepted: a fleet reconnects at once after a restart."""
 
+LINGER_S = 2.0
+"""How long to read on after an early answer (413, 401), so that the caller gets to see it."""
+
 log = logging.getLogger(__name__)
 
 CreateApp = Callable[[ServerSettings], Awaitable[web.Application]]
@@ -62,7 +66,10 @@ class DaemonSettings:
 
 
 def run_daemon(settings: DaemonSettings, create: CreateApp) -> int:
-    """Run until SIGTERM or SIGINT; the exit status. A start that fails says why in one line on stderr and gives 1."""
+    """Run until SIGTERM or SIGINT; the exit status. A start that fails says why in one line on stderr and gives 1.
+
+    The last thing a process does: ``drain_s`` after the signal the process ends, even if a thread hangs in a call.
+    """
     stop_logging = configure_logging(settings.log_level, style=settings.log_style)
     try:
         factory = uvloop.new_event_loop if settings.use_uvloop else None
@@ -147,7 +154,7 @@ def _listen(settings: DaemonSettings) -> socket.socket:
 @contextlib.asynccontextmanager
 async def _serving(app: web.Application, listener: socket.socket) -> AsyncIterator[web.BaseSite]:
     # handlers are not cancelled when their caller hangs up: what was asked for is done; leftovers at the end get a second
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, lingering_time=LINGER_S)
     await runner.setup()
     try:
         site = web.SockSite(runner, listener, backlog=BACKLOG)
@@ -210,6 +217,7 @@ async def _ping(manager: ServiceManager, interval_s: float) -> None:
 
 async def _drain(lifecycle: Lifecycle, site: web.BaseSite, manager: ServiceManager, drain_s: float) -> None:
     """Stop accepting, let calls end, park the rest, within ``drain_s`` together with the closing that follows."""
+    _end_for_sure(drain_s)
     manager.stopping("draining")
     log.info("draining", extra={"in_flight": lifecycle.in_flight})
     lifecycle.draining = True
@@ -221,6 +229,18 @@ async def _drain(lifecycle: Lifecycle, site: web.BaseSite, manager: ServiceManag
     await _wait_until_idle(lifecycle, max(0.0, drain_s * (CALLS_SHARE + PARK_SHARE) - used_s))
     if lifecycle.in_flight:
         log.warning("closing connections with calls in flight", extra={"in_flight": lifecycle.in_flight})
+
+
+def _end_for_sure(drain_s: float) -> None:
+    """A thread that hangs (a device, a network file system) would keep the interpreter; what it does is safe to break off."""
+    timer = threading.Timer(drain_s, _leave)
+    timer.daemon = True
+    timer.start()
+
+
+def _leave() -> None:
+    _tell("the time to drain is over: leaving threads behind")
+    os._exit(0)
 
 
 async def _wait_until_idle(lifecycle: Lifecycle, timeout_s: float) -> None:

@@ -229,9 +229,9 @@ async def _attempt(method: Method, params: Any) -> tuple[Result, str]:
         return Error(jsonrpc.INVALID_PARAMS, err.message, _Malformed(code=err.code)), err.code
     try:
         return Success(to_wire(await method.handler(request))), "ok"
-    except InternalError as err:
-        return _report(method, err), err.code
     except MistifyError as err:
+        if err.code == InternalError.code:
+            return _report(method, err), err.code
         log.info(
             "call failed",
             extra={"method": method.name, "code": err.code, "error": err.message, "cause": repr(err.__cause__)},

@@ -30,7 +30,7 @@ def render_text_error(status: int, message: str, _code: str) -> web.Response:
 
 def respond_to_error(err: Exception, render: ErrorRenderer = render_json_error) -> web.Response:
     """The response an error stands for. What is our own fault is logged and shown as an incident id only."""
-    if not isinstance(err, MistifyError) or isinstance(err, InternalError):
+    if not isinstance(err, MistifyError) or err.code == InternalError.code:
         return render(500, f"internal error, incident {new_incident(err)}", InternalError.code)
     response = render(err.http_status, err.message, err.code)
     if err.retryable and not isinstance(err, BusyError):

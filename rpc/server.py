@@ -10,6 +10,7 @@ import secrets
 import time
 import zlib
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import orjson
@@ -79,8 +80,8 @@ class Lifecycle:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-_BEGUN = "rpc.begun"
-"""Where a request keeps the response whose head has been sent."""
+_BEGUN: ContextVar[web.StreamResponse | None] = ContextVar("begun", default=None)
+"""The response to this request whose head has been sent."""
 
 LIFECYCLE: web.AppKey[Lifecycle] = web.AppKey("lifecycle", Lifecycle)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
@@ -134,6 +135,7 @@ class _Guard:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         REQUEST_ID.set(self._request_ids.of(request))
+        _BEGUN.set(None)
         started_s = time.perf_counter()
         self._enter()
         status = 499  # the caller went away, unless we learn better
@@ -200,7 +202,7 @@ class _Guard:
 
     def _give_up(self, request: web.Request, err: Exception) -> web.StreamResponse:
         """An error response or, if the answer has begun, a connection that breaks so that the caller notices."""
-        begun: web.StreamResponse | None = request.get(_BEGUN)
+        begun = _BEGUN.get()
         if begun is None:
             return respond_to_error(err, self._render_error)
         new_incident(err, during="answer")
@@ -208,13 +210,14 @@ class _Guard:
             request.transport.abort()
         return begun
 
-    async def finish_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+    async def finish_headers(self, _request: web.Request, response: web.StreamResponse) -> None:
         """Headers every answer carries, streams too."""
-        request[_BEGUN] = response
+        _BEGUN.set(response)
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["X-Request-Id"] = REQUEST_ID.get()
         if self._lifecycle.draining:
             response.force_close()
+            response.headers[hdrs.CONNECTION] = "close"  # aiohttp has written this header already
 
 
 class _RequestIds:

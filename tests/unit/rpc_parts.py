@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 from aiohttp import web
 
 from imaging.errors import BusyError, NotFoundError, UnavailableError
-from rpc.daemon import run_daemon
+from rpc.daemon import DRAIN_S, run_daemon
 from rpc.dispatch import Registry
 from rpc.messages import (
     Disk,
@@ -27,6 +28,7 @@ from rpc.messages import (
 )
 from rpc.options import CONTEXT_SETTINGS, config_option, daemon_options, daemon_settings
 from rpc.server import LIFECYCLE, ServerSettings, create_app
+from tests.waiting import wait_until
 
 RPC = "/_mistify_RPC_"
 
@@ -64,7 +66,9 @@ async def create_guest_disks(request: GuestRequest) -> GuestResponse:
 def sample_registry() -> Registry:
     registry = Registry()
     registry.register("ImageStore.ListImages", list_images, request=ImageRequest, answer=ImagesAnswer)
-    registry.register("ImageStore.GetImage", get_image, request=ImageRequest, answer=ImagesAnswer, aliases=("ImageStore.ShowImage",))
+    registry.register(
+        "ImageStore.GetImage", get_image, request=ImageRequest, answer=ImagesAnswer, aliases=("ImageStore.ShowImage",)
+    )
     registry.register("ImageStore.CreateVolume", create_volume, request=VolumeRequest, answer=VolumesAnswer)
     registry.register("ImageStore.CreateGuestDisks", create_guest_disks, request=GuestRequest, answer=GuestResponse)
     return registry
@@ -77,8 +81,7 @@ async def create_sample_app(settings: ServerSettings) -> web.Application:
 
     async def slow(request: web.Request) -> web.Response:
         (scratch / "started").touch()
-        while not (scratch / "let-go").exists():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, (scratch / "let-go").exists, "the test lets the call go")
         return web.Response(text="done\n")
 
     async def park() -> None:
@@ -99,7 +102,8 @@ def main(**params: Any) -> None:
     """A daemon for tests."""
     use_uvloop = params.pop("uvloop")
     settings = daemon_settings(params, component="sample", version="1", use_uvloop=use_uvloop)
-    sys.exit(run_daemon(settings, create_sample_app))
+    drain_s = float(os.environ.get("DRAIN_S", DRAIN_S))
+    sys.exit(run_daemon(replace(settings, drain_s=drain_s), create_sample_app))
 
 
 if __name__ == "__main__":
