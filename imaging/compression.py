@@ -103,15 +103,8 @@ class _Decoder(Protocol):
     def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
 
 
-_DECODER_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    lzma.LZMAError,
-    igzip_lib.error,
-    zstandard.ZstdError,
-)
+_ISAL_ERROR: type[Exception] = igzip_lib.IsalError  # type: ignore[assignment]  # its stub says an instance
+_DECODER_ERRORS = (OSError, EOFError, ValueError, RuntimeError, lzma.LZMAError, _ISAL_ERROR, zstandard.ZstdError)
 """What the libraries raise on damaged input."""
 
 

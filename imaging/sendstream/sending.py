@@ -18,7 +18,7 @@ from imaging.errors import BadDataError, InvalidArgumentError, from_os_error
 from imaging.sendstream import nvlist
 from imaging.sendstream.image import data_ranges
 from imaging.sendstream.records import DATA_OBJECT, Feature
-from imaging.sendstream.writer import StreamHeader, VolumeWriter
+from imaging.sendstream.writer import StreamHeader, VolumeWriter, check_block_size
 
 CHUNK_BYTES = 1 << 20
 """How much of an image is read at once; about the size of the pieces a stream is handed out in."""
@@ -43,6 +43,7 @@ def derive_guid(content: Digest, volblocksize_bytes: int) -> int:
 
     ``content`` is the digest of the image, padded with zeros to whole blocks.
     """
+    check_block_size(volblocksize_bytes)
     text = f"volume {volblocksize_bytes} {content}".encode()
     return int.from_bytes(sha256(text).digest()[:8], "big") or 1
 

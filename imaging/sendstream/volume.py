@@ -12,7 +12,7 @@ from imaging.sendstream.receiving import VolumeReceiver, apply_stream
 from imaging.sendstream.rules import DEFAULT_LIMITS, Limits
 from imaging.sendstream.sending import OlderImage, derive_guid, make_stream, make_stream_from, padded_size
 from imaging.sendstream.state import ResumePoint, VolumeState
-from imaging.sendstream.writer import StreamHeader
+from imaging.sendstream.writer import StreamHeader, check_block_size
 
 __all__ = [
     "DEFAULT_LIMITS",
@@ -25,6 +25,7 @@ __all__ = [
     "VolumeReceiver",
     "VolumeState",
     "apply_stream",
+    "check_block_size",
     "data_ranges",
     "derive_guid",
     "hash_image",

@@ -128,6 +128,12 @@ def package_end() -> bytes:
     return pack(End(bytes(CHECKSUM_BYTES), 0)) + bytes(CHECKSUM_BYTES)
 
 
+def check_block_size(size_bytes: int) -> None:
+    """InvalidArgumentError unless volumes can have blocks of this size."""
+    if not BLOCK_MIN_BYTES <= size_bytes <= BLOCK_MAX_BYTES or size_bytes & (size_bytes - 1):
+        raise InvalidArgumentError(f"not a volume block size (a power of two, 512 to 1 MiB): {size_bytes}")
+
+
 @dataclass(frozen=True, slots=True)
 class StreamHeader:
     """What a volume's stream says of the snapshot it makes."""
@@ -144,9 +150,7 @@ class StreamHeader:
 
     def check(self) -> None:
         """InvalidArgumentError if no stream can say this."""
-        size = self.volblocksize_bytes
-        if not BLOCK_MIN_BYTES <= size <= BLOCK_MAX_BYTES or size & (size - 1):
-            raise InvalidArgumentError(f"not a volume block size (a power of two, 512 to 1 MiB): {size}")
+        check_block_size(self.volblocksize_bytes)
         if not 0 < self.guid <= TO_THE_END or not 0 <= self.fromguid <= TO_THE_END:
             raise InvalidArgumentError("a snapshot's guid is a 64-bit number other than 0")
         if not 0 <= self.creation_s <= TO_THE_END:
