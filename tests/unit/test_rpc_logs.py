@@ -3,18 +3,12 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 
 from rpc.logs import LEVELS, REQUEST_ID, Style, configure_logging
 
 log = logging.getLogger("tests.rpc_logs")
-
-
-@pytest.fixture(params=["text", "json"])
-def style(request: pytest.FixtureRequest) -> Iterator[Style]:
-    return request.param
 
 
 def written(level: str, style: Style) -> str:
@@ -63,6 +57,7 @@ def test_levels_are_the_six_of_the_original() -> None:
     assert [*LEVELS] == ["debug", "info", "warning", "error", "critical", "fatal"]
 
 
+@pytest.mark.parametrize("style", ["text", "json"])
 def test_stop_gives_the_root_logger_back(style: Style) -> None:
     before = (logging.getLogger().level, [*logging.getLogger().handlers])
     written("debug", style)
