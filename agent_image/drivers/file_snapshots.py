@@ -119,7 +119,7 @@ class FileSnapshots(FileDatasets):
             for part in parts:
                 taken.append(self._snapshot_record(part, name.snapshot))
                 change.put(taken[-1])
-                if part.mtime_ns != part.dataset.synced_mtime_ns and part.dataset.private:
+                if part.fd >= 0 and not self._device_users(part.dataset):
                     change.put(self._synced(part))
             self._commit(change)
             for snapshot in taken:
@@ -153,6 +153,11 @@ class FileSnapshots(FileDatasets):
         )
 
     def _synced(self, part: _Part) -> DatasetRecord:
+        """Remember that the volume equals its snapshot.
+
+        Not while somebody has it open: a direct write that was on its way when the file was marked may land after the copy without
+        another change of the modification time.
+        """
         assert part.content is not None
         return msgspec.structs.replace(part.dataset, synced_content=part.content, synced_mtime_ns=part.mtime_ns)
 
