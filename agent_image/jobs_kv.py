@@ -87,6 +87,10 @@ class KeyValueJobQueue:
     def _name_key(self, key: str) -> str:
         return f"{self._prefix}key/{key}"
 
+    @property
+    def _sequence_key(self) -> str:
+        return f"{self._prefix}sequence"
+
     def _order_key(self, job: Job) -> str:
         return f"{self._prefix}order/{PRIORITY_MAX - job.priority:010d}/{job.id}"
 
@@ -102,8 +106,7 @@ class KeyValueJobQueue:
     def _index(self, job: Job) -> Iterator[Operation]:
         """The index entry a job has in its state."""
         if job.state in _UNFINISHED:
-            ready_s = job.claimed_until_s if job.state is JobState.CLAIMED else job.not_before_s
-            yield Put(self._order_key(job), msgspec.json.encode(_Slot(ready_s)))
+            yield Put(self._order_key(job), msgspec.json.encode(_Slot(_ready_s(job))))
         else:
             yield Put(self._finished_key(job), b"")
 
@@ -154,7 +157,25 @@ class KeyValueJobQueue:
             raise InvalidArgumentError(f"a priority is between -{PRIORITY_MAX} and {PRIORITY_MAX}: {priority}")
         if not key or len(key.encode(errors="replace")) > JOB_KEY_MAX_BYTES:
             raise InvalidArgumentError(f"a job's key has 1 to {JOB_KEY_MAX_BYTES} bytes: {key[:80]!r}")
-        return self._retry(lambda: self._join(key, priority) or self._add(key, payload, now_s, priority))
+        return self._retry(lambda: self._enqueue(key, payload, now_s, priority))
+
+    def _enqueue(self, key: str, payload: dict[str, Any], now_s: float, priority: int) -> Job:
+        """Every added job moves the sequence: read it first, and nothing can be added between looking and adding."""
+        sequence = self._kv.get(self._sequence_key)
+        joined = self._join(key, priority)
+        if joined is not None:
+            return joined
+        number = int(sequence.value) + 1 if sequence else 1
+        self._check_room(sequence)
+        job = Job(id=f"{number:016d}", key=key, payload=payload, priority=priority, enqueued_s=now_s)
+        operations = [
+            Put(self._sequence_key, b"%d" % number),
+            Put(self._name_key(key), job.id.encode()),
+            Put(self._job_key(job.id), self._encode(job)),
+            *self._index(job),
+        ]
+        self._transact(operations, [Compare(self._sequence_key, sequence.revision if sequence else ABSENT)])
+        return job
 
     def _join(self, key: str, priority: int) -> Job | None:
         """The unfinished job with this key, its priority raised if need be."""
@@ -164,25 +185,13 @@ class KeyValueJobQueue:
         job, revision = found
         return job if priority <= job.priority else self._save(job, replace(job, priority=priority), revision)
 
-    def _add(self, key: str, payload: dict[str, Any], now_s: float, priority: int) -> Job:
+    def _check_room(self, sequence: Entry | None) -> None:
         pending = self._kv.list(f"{self._prefix}order/", limit=self._pending_max)
-        if len(pending) >= self._pending_max:
-            raise UnavailableError(f"the job queue is full: {self._pending_max} jobs are waiting or being worked on")
-        sequence, name = self._kv.get(f"{self._prefix}sequence"), self._kv.get(self._name_key(key))
-        number = int(sequence.value) + 1 if sequence else 1
-        job = Job(id=f"{number:016d}", key=key, payload=payload, priority=priority, enqueued_s=now_s)
-        operations = [
-            Put(f"{self._prefix}sequence", b"%d" % number),
-            Put(self._name_key(key), job.id.encode()),
-            Put(self._job_key(job.id), self._encode(job)),
-            *self._index(job),
-        ]
-        compares = [
-            Compare(f"{self._prefix}sequence", sequence.revision if sequence else ABSENT),
-            Compare(self._name_key(key), name.revision if name else ABSENT),
-        ]
-        self._transact(operations, compares)
-        return job
+        if len(pending) < self._pending_max:
+            return
+        if self._kv.get(self._sequence_key) != sequence:  # filled meanwhile, perhaps with this very key
+            raise _LostRaceError
+        raise UnavailableError(f"the job queue is full: {self._pending_max} jobs are waiting or being worked on")
 
     def _find(self, key: str) -> tuple[Job, int] | None:
         name = self._kv.get(self._name_key(key))
@@ -224,7 +233,7 @@ class KeyValueJobQueue:
     def _claim(self, now_s: float) -> Job | None:
         for entry in self._paged("order/"):
             if _decoded(entry.key, entry.value, _Slot).ready_s <= now_s:
-                job, revision = self._reload(_last_part(entry.key))
+                job, revision = self._reload(_last_part(entry.key), now_s)
                 claimed = replace(
                     job,
                     state=JobState.CLAIMED,
@@ -235,13 +244,13 @@ class KeyValueJobQueue:
                 return self._save(job, claimed, revision)
         return None
 
-    def _reload(self, job_id: str) -> tuple[Job, int]:
-        """A job the index just named and that nobody may have touched since."""
+    def _reload(self, job_id: str, now_s: float) -> tuple[Job, int]:
+        """A job the index just named; what counts is the record, for another process may have claimed it since."""
         try:
             job, revision = self._load(job_id)
         except NotFoundError as err:
             raise _LostRaceError from err
-        if job.state not in _UNFINISHED:
+        if job.state not in _UNFINISHED or _ready_s(job) > now_s:
             raise _LostRaceError
         return job, revision
 
@@ -327,6 +336,11 @@ class KeyValueJobQueue:
             return 1
 
         return self._retry(change)
+
+
+def _ready_s(job: Job) -> float:
+    """From when an unfinished job may be claimed."""
+    return job.claimed_until_s if job.state is JobState.CLAIMED else job.not_before_s
 
 
 def _decoded(key: str, value: bytes, kind: type[T]) -> T:
