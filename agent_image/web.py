@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from agent_image.drivers.base import StorageDriver
 from agent_image.store import ImageStore
@@ -94,6 +94,8 @@ class SnapshotDownloads:
     async def _begin(self, request: web.Request, first: bytes) -> web.StreamResponse:
         """Send the head and the first piece through aiohttp, and wait until none of it is left in our buffers."""
         response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        if request.version >= HttpVersion11:
+            response.enable_chunked_encoding()  # aiohttp would do it by itself, but not tell us in `chunked`
         if request.transport is not None:
             request.transport.set_write_buffer_limits(0)
         await response.prepare(request)

@@ -14,6 +14,7 @@ from demo.story import tell
 from imaging.errors import MistifyError
 
 INTERRUPTED = 130
+LOG_LINES = 30
 
 
 def main() -> int:
@@ -22,15 +23,25 @@ def main() -> int:
     narrator = Narrator()
     try:
         with tempfile.TemporaryDirectory(prefix="mistify-demo-") as directory:
-            tell(narrator, Path(directory), os.environ.get("IMAGE"), os.environ.get("GREETING"))
-    except (DemoError, MistifyError) as err:
-        print(f"\nmake demo: step {narrator.steps} failed: {err}", file=sys.stderr)
-        return 1
+            try:
+                tell(narrator, Path(directory), os.environ.get("IMAGE"), os.environ.get("GREETING"))
+            except (DemoError, MistifyError) as err:
+                _explain(f"step {narrator.steps} failed: {err}", Path(directory))
+                return 1
     except KeyboardInterrupt:
         print("\nmake demo: interrupted; everything is cleaned up", file=sys.stderr)
         return INTERRUPTED
     narrator.end()
     return 0
+
+
+def _explain(what: str, directory: Path) -> None:
+    """Say what failed, and what the daemons logged before their logs are removed."""
+    print(f"\nmake demo: {what}", file=sys.stderr)
+    for log in sorted(directory.glob("*.log")):
+        lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        if lines:
+            print("\n".join([f"  {log.name} ends:", *(f"    {line}" for line in lines)]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from demo.qemu import dies_with_parent
 READY_TIMEOUT_S = 60.0  # each is ready in about a second; the rest is for a busy machine
 STOP_TIMEOUT_S = 20.0  # they promise to drain within 10 s
 POLL_S = 0.05
-LOG_TAIL_CHARS = 3000
 _SOURCES = Path(__file__).resolve().parent.parent
 
 
@@ -71,7 +70,7 @@ def check_alive(*running: Daemon) -> None:
     """DemoError if one of the daemons has ended."""
     for daemon in running:
         if daemon.process.poll() is not None:
-            raise DemoError(f"{daemon.name} ended with status {daemon.process.returncode}{_tail(daemon)}")
+            raise DemoError(f"{daemon.name} ended with status {daemon.process.returncode}")
 
 
 @contextmanager
@@ -109,7 +108,7 @@ def _wait_ready(daemon: Daemon) -> None:
                 if daemon.port and session.get(f"{daemon.url}/readyz", timeout=READY_TIMEOUT_S).ok:
                     return
             pause.wait(POLL_S)
-    raise DemoError(f"{daemon.name} was not ready in {READY_TIMEOUT_S:.0f} s{_tail(daemon)}")
+    raise DemoError(f"{daemon.name} was not ready in {READY_TIMEOUT_S:.0f} s")
 
 
 def _stop(daemon: Daemon) -> None:
@@ -120,10 +119,6 @@ def _stop(daemon: Daemon) -> None:
     except subprocess.TimeoutExpired as err:
         daemon.process.kill()
         daemon.process.wait(STOP_TIMEOUT_S)
-        raise DemoError(f"{daemon.name} did not end {STOP_TIMEOUT_S:.0f} s after SIGTERM{_tail(daemon)}") from err
+        raise DemoError(f"{daemon.name} did not end {STOP_TIMEOUT_S:.0f} s after SIGTERM") from err
     if daemon.process.returncode != 0:
-        raise DemoError(f"{daemon.name} ended with status {daemon.process.returncode}{_tail(daemon)}")
-
-
-def _tail(daemon: Daemon) -> str:
-    return f"; its log ends:\n{daemon.log.read_text(errors='replace')[-LOG_TAIL_CHARS:]}" if daemon.log else ""
+        raise DemoError(f"{daemon.name} ended with status {daemon.process.returncode}")

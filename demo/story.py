@@ -65,9 +65,7 @@ def tell(narrator: Narrator, directory: Path, given: str | None, greeting: str |
 
 def _prepare(narrator: Narrator, directory: Path, given: str | None, greeting: str | None) -> Stage:
     if given:
-        with narrator.step(
-            "Take the image you gave", "Any raw or qcow2 disk or ZFS volume stream, compressed or not."
-        ) as say:
+        with narrator.step("Take the image you gave", "Any raw disk or ZFS volume stream, compressed or not.") as say:
             image = Path(given)
             if not image.is_file():
                 raise DemoError(f"IMAGE={given}: no such file")
