@@ -1,1 +1,5 @@
-"""The zfs driver: StorageDriver on libzfs_core. ``driver.ZfsDriver`` is what others use; docs/zfs.md tells how it works."""
+"""The zfs driver: StorageDriver on libzfs_core; docs/zfs.md tells how it works."""
+
+from agent_image.drivers.zfs.driver import ZfsDriver
+
+__all__ = ["ZfsDriver"]

@@ -105,7 +105,8 @@ class Devices:
                 return found
             if time.monotonic() >= deadline:
                 raise UnavailableError(f"the device of {volume} did not appear within {timeout_s:g} s")
-            self.forget()  # a name seen before its rename came through would hide the volume
+            if pause_s >= POLL_MAX_S:
+                self.forget()  # a name seen before its rename came through would hide the volume
             tick.wait(pause_s)
             pause_s = min(pause_s * 2, POLL_MAX_S)
 
@@ -147,6 +148,6 @@ def _processes(device: Path) -> list[str]:
 
 
 def _open_files(process: Path) -> Iterator[str]:
-    for entry in os.scandir(process / "fd"):
+    for entry in (process / "fd").iterdir():
         with contextlib.suppress(OSError):
-            yield os.readlink(entry.path)
+            yield str(entry.readlink())

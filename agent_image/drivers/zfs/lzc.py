@@ -37,6 +37,11 @@ def failure_of(err: Exception) -> Failure:
     return Failure(int(getattr(first, "errno", 0) or 0), type(first).__name__)
 
 
+def _by_text(found: Mapping[bytes | str, Any]) -> dict[str, Any]:
+    """Entries by name; pyzfs gives names now as bytes, now as text."""
+    return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
+
+
 class Lzc:
     """The calls the driver makes on one pool."""
 
@@ -102,10 +107,10 @@ class Lzc:
         with self._translated(Operation.PROMOTE, name):
             self._library.lzc_promote(name.encode())
 
-    def hold(self, name: str, tag: str) -> None:
-        """Hold a snapshot until released."""
+    def hold(self, name: str, tag: str, cleanup_fd: int | None = None) -> None:
+        """Hold a snapshot until released, or until ``cleanup_fd`` (an open /dev/zfs) is closed, be it by a crash."""
         with self._translated(Operation.HOLD, name, tag):
-            missing = self._library.lzc_hold({name.encode(): tag.encode()})
+            missing = self._library.lzc_hold({name.encode(): tag.encode()}, cleanup_fd)
         if missing:
             raise self._seen_from_outside(NotFoundError(f"{name} not found"), name)
 
@@ -125,6 +130,17 @@ class Lzc:
         """Make ``dataset#bookmark``."""
         with self._translated(Operation.BOOKMARK, bookmark, snapshot):
             self._library.lzc_bookmark({bookmark.encode(): snapshot.encode()})
+
+    def bookmarks(self, name: str) -> dict[str, int]:
+        """The dataset's bookmarks (the part after ``#``) with the createtxg of what they remember."""
+        with self._translated(Operation.READ, name):
+            found = self._library.lzc_get_bookmarks(name.encode(), [b"createtxg"])
+        return {mark: values[b"createtxg"][b"value"] for mark, values in _by_text(found).items()}
+
+    def destroy_bookmarks(self, names: Sequence[str]) -> None:
+        """Destroy bookmarks; those that are gone already do not matter."""
+        with self._translated(Operation.DESTROY, names[0]):
+            self._library.lzc_destroy_bookmarks([name.encode() for name in names])
 
     def send(self, name: str, base: str | None, fd: int, flags: Sequence[str]) -> None:
         """Write a stream to a blocking descriptor."""

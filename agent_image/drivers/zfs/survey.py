@@ -96,9 +96,13 @@ def parse_line(line: str) -> DatasetInfo | SnapshotInfo | None:
     name, kind, guid, createtxg, creation, origin, volsize, volblocksize = fields
     if kind == "snapshot":
         snapshot = _parse(SnapshotName, name)
-        return snapshot and SnapshotInfo(snapshot, int(guid), int(createtxg), int(creation), _size(volsize))
+        if snapshot is None:
+            return None
+        return SnapshotInfo(snapshot, int(guid), int(createtxg), int(creation), _size(volsize))
     dataset = _parse(DatasetName, name)
-    return dataset and DatasetInfo(
+    if dataset is None:
+        return None
+    return DatasetInfo(
         name=dataset,
         kind=DatasetKind(kind),
         guid=int(guid),

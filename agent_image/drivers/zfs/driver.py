@@ -1,0 +1,85 @@
+"""ZfsDriver: the storage driver of real hypervisors. The contract is agent_image/drivers/base.py, the workings docs/zfs.md."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent_image.drivers.base import DatasetKind
+from agent_image.drivers.zfs.hidden import MARK, Purpose, new_name
+from agent_image.drivers.zfs.properties import Changes
+from agent_image.drivers.zfs.streams import ZfsStreams
+from imaging.errors import WrongKindError, from_os_error
+from imaging.names import DatasetName, SnapshotName
+
+DEVICE_TIMEOUT_S = 10.0
+"""What the contract promises; the link of a volume comes 35-400 ms after it, later when hundreds are made at once."""
+BLKFLSBUF = 0x1261
+
+
+class ZfsDriver(ZfsStreams):
+    """Adds the bytes of volumes and snapshots, through their devices."""
+
+    def device(self, name: DatasetName, *, timeout_s: float = DEVICE_TIMEOUT_S) -> Path:
+        """The volume's device, once it is there and is this volume."""
+        self._volume(name)
+        return self._devices.wait(str(name), timeout_s)
+
+    @contextlib.contextmanager
+    def open_volume(self, name: DatasetName, *, writable: bool = False) -> Iterator[int]:
+        """The volume's device. Not exclusively: a guest's disk may be read while the guest runs, and qemu claims nothing either."""
+        path = self.device(name)
+        with _opened(path, name, writable=writable) as fd:
+            yield fd
+
+    @contextlib.contextmanager
+    def open_snapshot(self, name: SnapshotName) -> Iterator[int]:
+        """The snapshot's bytes, by a hidden read-only clone that lasts as long as the block.
+
+        Devices of snapshots themselves (``snapdev=visible``) would appear for all snapshots of the volume at once and stay.
+        """
+        if self._find(name.dataset).kind is not DatasetKind.VOLUME:
+            raise WrongKindError(f"{name} is not a snapshot of a volume")
+        view = self._make_view(name)
+        try:
+            with _opened(self._devices.wait(str(view), DEVICE_TIMEOUT_S), name, writable=False) as fd:
+                yield fd
+        finally:
+            self._destroy_temporary(view)
+
+    def _make_view(self, name: SnapshotName) -> DatasetName:
+        with self._lock:
+            taken, volume = self.get_snapshot(name), self._volume(name.dataset)
+            view, mark = new_name(name.dataset, Purpose.VIEW)
+            changes = Changes({MARK: mark[MARK]}, readonly="on")
+            self._lzc.clone(str(view), str(name), changes.for_creation())
+            self._made(
+                view,
+                DatasetKind.VOLUME,
+                changes,
+                origin=name,
+                volsize_bytes=taken.volsize_bytes,
+                volblocksize_bytes=volume.volblocksize_bytes,
+            )
+            return view
+
+
+@contextlib.contextmanager
+def _opened(path: Path, name: DatasetName | SnapshotName, *, writable: bool) -> Iterator[int]:
+    """The device; what was written is durable at the end. A reader starts without pages others may have left in the cache."""
+    try:
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+    except OSError as err:
+        raise from_os_error(err, f"cannot open the device of {name}") from err
+    try:
+        if not writable:
+            with contextlib.suppress(OSError):  # needs CAP_SYS_ADMIN; without, the cache is as it is
+                fcntl.ioctl(fd, BLKFLSBUF, 0)
+        yield fd
+        if writable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,222 @@
+"""Keeps the index true to what others do to the pool: follows the pool's events, compares what has no event.
+
+One thread reads events, one looks at what they name; both are ours and end with :meth:`Watch.stop`. Own changes are in the index
+before their events arrive, so they cost nothing here.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from agent_image.drivers.zfs import survey
+from agent_image.drivers.zfs.command import ENVIRONMENT, program
+from agent_image.drivers.zfs.devices import volume_of
+from agent_image.drivers.zfs.events import EVERYTHING, Event, Look, look_for, parse
+from agent_image.drivers.zfs.index import PoolIndex
+from agent_image.drivers.zfs.lzc import Lzc
+from imaging.errors import InvalidNameError, MistifyError, NotFoundError
+from imaging.names import DatasetName, PoolName, SnapshotName
+
+TICK_S = 0.5
+"""Events of half a second are looked at together: a storm of changes to one dataset costs one look."""
+SIZES_INTERVAL_S = 2.0
+"""Reading 2,000 files of /sys takes about 20 ms."""
+COMPARE_INTERVAL_S = 300.0
+"""Everything is compared now and then, should an event have been missed ..."""
+COMPARE_SHARE_MAX = 0.02
+"""... and takes at most this share of the time, however large the pool."""
+RESTART_INTERVAL_S = 5.0
+STOP_TIMEOUT_S = 10.0
+CLOCK_SLACK_S = 2
+"""Events carry whole seconds."""
+GONE = frozenset({"sysevent.fs.zfs.pool_export", "sysevent.fs.zfs.pool_destroy"})
+BACK = frozenset({"sysevent.fs.zfs.pool_import", "sysevent.fs.zfs.pool_create"})
+SYS_BLOCK = Path("/sys/block")
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Fills the index at start and follows the pool from then on."""
+
+    def __init__(self, lzc: Lzc, pool: PoolName, index: PoolIndex) -> None:
+        self._lzc = lzc
+        self._pool = pool
+        self._index = index
+        self._wake = threading.Condition()
+        self._looks: list[Look] = []
+        self._stopping = threading.Event()
+        self._follower: subprocess.Popen[str] | None = None
+        self._threads: list[threading.Thread] = []
+        self._sizes: dict[str, str] = {}
+        self._compared_s = self._compare_cost_s = self._sizes_read_s = 0.0
+        self.is_pool_there = True
+
+    def start(self) -> None:
+        """Begin to follow, then read the whole pool, so that nothing falls between."""
+        self._begin_s = int(time.time()) - CLOCK_SLACK_S
+        self._follow()
+        self.compare()
+        self._sizes = _device_sizes()
+        for target in (self._read_events, self._look_at_changes):
+            thread = threading.Thread(target=target, name=f"zfs-watch-{self._pool}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """End both threads and the follower."""
+        self._stopping.set()
+        with self._wake:
+            self._wake.notify_all()
+        self._end_follower()
+        for thread in self._threads:
+            thread.join(STOP_TIMEOUT_S)
+
+    def compare(self) -> None:
+        """Read the whole pool into the index."""
+        begin_s = time.monotonic()
+        with self._index.reading() as reading:
+            datasets, snapshots = survey.everything(self._lzc, self._pool.root)
+            self._index.apply_all(reading, datasets, snapshots)
+        self._compared_s = time.monotonic()
+        self._compare_cost_s = self._compared_s - begin_s
+
+    # -- following events --------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        command = [program("zpool"), "events", "-f", "-H", "-v", str(self._pool)]
+        self._follower = subprocess.Popen(  # noqa: S603 - absolute path, a parsed pool name
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+
+    def _end_follower(self) -> None:
+        follower = self._follower
+        if follower is not None:
+            follower.kill()
+            follower.wait(STOP_TIMEOUT_S)
+
+    def _read_events(self) -> None:
+        while not self._stopping.is_set():
+            follower = self._follower
+            assert follower is not None
+            assert follower.stdout is not None
+            with follower.stdout as lines:
+                for event in parse(lines):
+                    self._take(event)
+            follower.wait()
+            if self._stopping.wait(RESTART_INTERVAL_S):
+                return
+            log.warning("zpool_events_restarted", extra={"pool": str(self._pool), "status": follower.returncode})
+            self._follow()
+            self._add(EVERYTHING)
+
+    def _take(self, event: Event) -> None:
+        if event.time_s < self._begin_s and event.kind != "dropped":
+            return
+        if event.kind in GONE:
+            self.is_pool_there = False
+        look = EVERYTHING if event.kind in BACK else look_for(event, self._index)
+        if look != Look():
+            self._add(look)
+
+    def _add(self, look: Look) -> None:
+        with self._wake:
+            self._looks.append(look)
+            self._wake.notify_all()
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def _look_at_changes(self) -> None:
+        while not self._stopping.is_set():
+            with self._wake:
+                if not self._looks:
+                    self._wake.wait(TICK_S)
+            self._stopping.wait(TICK_S)
+            with self._wake:
+                looks, self._looks = self._looks, []
+            try:
+                self._work(looks)
+            except MistifyError:
+                log.warning("zfs_index_refresh_failed", extra={"pool": str(self._pool)}, exc_info=True)
+                self._compared_s = 0.0
+
+    def _work(self, looks: list[Look]) -> None:
+        if not self.is_pool_there:
+            if not self._lzc.exists(str(self._pool)):
+                return
+            looks = [EVERYTHING]
+        looks = [*looks, *self._changed_sizes()]
+        if any(look.everything for look in looks) or self._is_compare_due():
+            self.compare()
+            self.is_pool_there = True
+            return
+        for tree in {name for look in looks for name in look.trees}:
+            self._look_at_tree(tree)
+        for dataset in {name for look in looks for name in look.datasets}:
+            self._look_at_dataset(dataset)
+        for snapshot in {name for look in looks for name in look.snapshots}:
+            self._look_at_snapshot(snapshot)
+
+    def _is_compare_due(self) -> bool:
+        interval_s = max(COMPARE_INTERVAL_S, self._compare_cost_s / COMPARE_SHARE_MAX)
+        return time.monotonic() - self._compared_s > interval_s
+
+    def _look_at_dataset(self, name: DatasetName) -> None:
+        with self._index.reading() as reading:
+            self._index.apply(reading, name, survey.find_dataset(self._lzc, name))
+
+    def _look_at_snapshot(self, name: SnapshotName) -> None:
+        with self._index.reading() as reading:
+            self._index.apply_snapshot(reading, name, survey.find_snapshot(self._lzc, name))
+
+    def _look_at_tree(self, name: DatasetName) -> None:
+        with self._index.reading() as reading:
+            try:
+                datasets, snapshots = survey.everything(self._lzc, name)
+            except NotFoundError:
+                self._index.apply(reading, name, None)
+                return
+            for info in datasets:
+                self._index.apply(reading, info.name, info)
+                own = [entry for entry in snapshots if entry.name.dataset == info.name]
+                self._index.apply_snapshots(reading, info.name, own)
+
+    def _changed_sizes(self) -> list[Look]:
+        """Volumes whose devices have another size than before: that is how a new ``volsize`` shows."""
+        if time.monotonic() - self._sizes_read_s < SIZES_INTERVAL_S:
+            return []
+        old, self._sizes = self._sizes, _device_sizes()
+        self._sizes_read_s = time.monotonic()
+        changed = [node for node, size in self._sizes.items() if node in old and old[node] != size]
+        names = [_volume_name(node) for node in changed]
+        return [Look(datasets=(name,)) for name in names if name is not None and name.pool == self._pool]
+
+
+def _device_sizes() -> dict[str, str]:
+    sizes = {}
+    for entry in SYS_BLOCK.iterdir():
+        if re.fullmatch(r"zd\d+", entry.name):
+            try:
+                sizes[entry.name] = (entry / "size").read_text()
+            except OSError:  # destroyed while we look
+                continue
+    return sizes
+
+
+def _volume_name(node: str) -> DatasetName | None:
+    name = volume_of(Path("/dev", node))
+    try:
+        return None if name is None else DatasetName.parse(name)
+    except InvalidNameError:
+        return None
