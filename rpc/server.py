@@ -91,8 +91,8 @@ def create_app(
     settings: ServerSettings, *, registry: Registry | None = None, render_error: ErrorRenderer = render_json_error
 ) -> web.Application:
     """An application with everything shared; the daemon adds its routes, checks and hooks. A registry gives it the RPC endpoint."""
-    metrics = Metrics(settings.component, settings.version)
     lifecycle = Lifecycle()
+    metrics = Metrics(settings.component, settings.version, in_flight=lambda: lifecycle.in_flight)
     guard = _Guard(settings, metrics, lifecycle, render_error)
     app = web.Application(middlewares=[guard.middleware], client_max_size=settings.body_max_bytes)
     app.on_response_prepare.append(guard.finish_headers)
@@ -156,11 +156,9 @@ class _Guard:
     def _enter(self) -> None:
         self._lifecycle.in_flight += 1
         self._lifecycle.idle.clear()
-        self._metrics.in_flight.inc()
 
     def _leave(self) -> None:
         self._lifecycle.in_flight -= 1
-        self._metrics.in_flight.dec()
         if not self._lifecycle.in_flight:
             self._lifecycle.idle.set()
 
