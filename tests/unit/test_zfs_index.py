@@ -1,0 +1,130 @@
+"""The index of the pool: answers, changes, and looks at ZFS that come late."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
+from agent_image.drivers.zfs.index import PoolIndex
+from imaging.names import DatasetName, SnapshotName
+
+ROOT = DatasetName.parse("tank")
+
+
+def dataset(
+    name: str, *, origin: str | None = None, guid: int = 1, kind: DatasetKind = DatasetKind.VOLUME
+) -> DatasetInfo:
+    source = None if origin is None else SnapshotName.parse(origin)
+    return DatasetInfo(DatasetName.parse(name), kind, guid, 1, 1, source)
+
+
+def snapshot(name: str, *, txg: int = 1) -> SnapshotInfo:
+    return SnapshotInfo(SnapshotName.parse(name), txg, txg, txg)
+
+
+@pytest.fixture
+def index() -> PoolIndex:
+    index = PoolIndex()
+    for name in ("tank", "tank/b", "tank/a", "tank/a-1", "tank/a/x"):
+        index.put(dataset(name, kind=DatasetKind.FILESYSTEM if name in {"tank", "tank/a"} else DatasetKind.VOLUME))
+    index.put_snapshots([snapshot("tank/a/x@late", txg=9), snapshot("tank/a/x@early", txg=3)])
+    index.put(dataset("tank/c", origin="tank/a/x@early"))
+    return index
+
+
+def listed(index: PoolIndex, root: str = "tank") -> list[str]:
+    return [str(info.name) for info in index.datasets(DatasetName.parse(root))]
+
+
+def test_datasets_are_listed_by_component(index: PoolIndex) -> None:
+    assert listed(index) == ["tank", "tank/a", "tank/a/x", "tank/a-1", "tank/b", "tank/c"]
+    assert listed(index, "tank/a") == ["tank/a", "tank/a/x"]
+    assert [info.kind for info in index.datasets(ROOT, DatasetKind.FILESYSTEM)] == [DatasetKind.FILESYSTEM] * 2
+
+
+def test_snapshots_are_listed_by_age(index: PoolIndex) -> None:
+    assert [info.name.snapshot for info in index.snapshots(DatasetName.parse("tank/a/x"))] == ["early", "late"]
+
+
+def test_rename_moves_what_is_below_and_origins_follow(index: PoolIndex) -> None:
+    index.rename(DatasetName.parse("tank/a"), DatasetName.parse("tank/n"))
+    assert listed(index) == ["tank", "tank/a-1", "tank/b", "tank/c", "tank/n", "tank/n/x"]
+    moved = SnapshotName.parse("tank/n/x@early")
+    assert index.find_snapshot(moved) == replace(snapshot("tank/n/x@early", txg=3))
+    clone = index.find(DatasetName.parse("tank/c"))
+    assert clone is not None
+    assert clone.origin == moved
+    assert index.clones(moved) == [DatasetName.parse("tank/c")]
+
+
+def test_remove_takes_everything_below_and_the_link_to_the_origin(index: PoolIndex) -> None:
+    index.remove(DatasetName.parse("tank/c"))
+    assert index.clones(SnapshotName.parse("tank/a/x@early")) == []
+    index.remove(DatasetName.parse("tank/a"))
+    assert listed(index) == ["tank", "tank/a-1", "tank/b"]
+    assert index.snapshots(DatasetName.parse("tank/a/x")) == []
+
+
+def test_look_that_began_before_our_change_does_not_undo_it(index: PoolIndex) -> None:
+    name = DatasetName.parse("tank/b")
+    with index.reading() as reading:
+        index.put(dataset("tank/b", guid=77))
+        index.apply(reading, name, dataset("tank/b", guid=5))
+        index.remove_snapshots([SnapshotName.parse("tank/a/x@late")])
+        index.apply_snapshot(reading, SnapshotName.parse("tank/a/x@late"), snapshot("tank/a/x@late", txg=9))
+    found = index.find(name)
+    assert found is not None
+    assert found.guid == 77
+    assert index.find_snapshot(SnapshotName.parse("tank/a/x@late")) is None
+
+
+def test_look_that_began_after_our_change_counts(index: PoolIndex) -> None:
+    name = DatasetName.parse("tank/b")
+    with index.reading() as reading:
+        index.apply(reading, name, None)
+        index.apply_snapshots(reading, DatasetName.parse("tank/a/x"), [snapshot("tank/a/x@new", txg=12)])
+    assert index.find(name) is None
+    assert [info.name.snapshot for info in index.snapshots(DatasetName.parse("tank/a/x"))] == ["new"]
+
+
+def test_look_at_everything_keeps_what_changed_meanwhile(index: PoolIndex) -> None:
+    with index.reading() as reading:
+        index.put(dataset("tank/new"))
+        index.remove(DatasetName.parse("tank/b"))
+        index.rename(DatasetName.parse("tank/a"), DatasetName.parse("tank/moved"))
+        seen = [dataset(name) for name in ("tank", "tank/a", "tank/a/x", "tank/b", "tank/other")]
+        index.apply_all(reading, seen, [snapshot("tank/other@s"), snapshot("tank/a/x@late")])
+    assert listed(index) == ["tank", "tank/c", "tank/moved", "tank/moved/x", "tank/new", "tank/other"]
+    assert index.find_snapshot(SnapshotName.parse("tank/other@s")) is not None
+
+
+def test_snapshot_of_an_unknown_dataset_is_left_out(index: PoolIndex) -> None:
+    index.put_snapshots([snapshot("tank/nowhere@s")])
+    assert index.find_snapshot(SnapshotName.parse("tank/nowhere@s")) is None
+
+
+def test_index_and_plain_dictionary_agree_after_random_changes() -> None:
+    seed = random.randrange(1 << 32)
+    chance, index, model = random.Random(seed), PoolIndex(), {"tank"}
+    index.put(dataset("tank"))
+    for _ in range(300):
+        parent = chance.choice(sorted(model))
+        name = f"{parent}/{chance.choice('abc')}"
+        action = chance.choice(["put", "put", "remove", "rename"])
+        if action == "put" and name.count("/") < 5:
+            index.put(dataset(name))
+            model.add(name)
+        elif action == "remove" and parent != "tank":
+            index.remove(DatasetName.parse(parent))
+            model = {other for other in model if other != parent and not other.startswith(f"{parent}/")}
+        elif action == "rename" and parent != "tank":
+            target = f"tank/r{chance.randrange(1000)}"
+            if target in model:
+                continue
+            index.rename(DatasetName.parse(parent), DatasetName.parse(target))
+            inside = {other for other in model if other == parent or other.startswith(f"{parent}/")}
+            model = (model - inside) | {target + other[len(parent) :] for other in inside}
+        assert sorted(listed(index)) == sorted(model), f"seed {seed}"
