@@ -142,10 +142,12 @@ def _fetch_image(request: FetchRequest) -> HttpCall:
     return HttpCall(method="POST", path="/images", headers=_JSON, body=msgspec.json.encode(to_wire(request)))
 
 
-def _upload_image(body: Body, *, image_type: str, comment: str = "") -> HttpCall:
+def _upload_image(body: Body, *, image_type: str, comment: str = "", digest: str = "") -> HttpCall:
     headers = {"X-Image-Type": image_type, "Content-Type": "application/octet-stream"}
     if comment:
         headers["X-Image-Comment"] = comment
+    if digest:
+        headers["X-Image-Digest"] = digest
     return HttpCall(method="PUT", path="/images", headers=headers, body=body, is_transfer=True)
 
 

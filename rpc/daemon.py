@@ -25,8 +25,8 @@ from rpc.logs import Style, configure_logging
 from rpc.notify import ServiceManager
 from rpc.server import LIFECYCLE, Lifecycle, ServerSettings
 
-DRAIN_S = 10.0
-"""From the signal to the exit; service managers and operators wait about that long without worry."""
+DRAIN_S = 9.0
+"""From the signal to the end; operators are promised 10 s, and the process needs a moment to go."""
 
 CALLS_SHARE = 0.4
 """Part of the drain in which calls may end by themselves; then unfinished work is parked."""

@@ -53,12 +53,15 @@ _MESSAGE_MAX_CHARS = 1000
 """A proxy's error page is not a message."""
 
 
-def error_from_status(status: int, body: bytes) -> MistifyError:
-    """The error an HTTP response with status 400 or more stands for: by its code if it says one, else by the status."""
+def error_from_status(status: int, body: bytes, code: str = "") -> MistifyError:
+    """The error an HTTP response with status 400 or more stands for.
+
+    By its code if it says one, in the header (:data:`rpc.rest.CODE_HEADER`) or in the body, else by the status.
+    """
     text = body.decode("utf-8", "replace").strip()
     said = _said(body)
     message = said.get("message")
-    kind = _CODES.get(str(said.get("code"))) or _STATUSES.get(status, InternalError)
+    kind = _CODES.get(code) or _CODES.get(str(said.get("code"))) or _STATUSES.get(status, InternalError)
     return kind(message if isinstance(message, str) else text[:_MESSAGE_MAX_CHARS] or f"the server answered {status}")
 
 

@@ -156,7 +156,7 @@ class SyncTransport:
             response = self._send(call)
         with contextlib.closing(response):
             if response.status_code >= 400:
-                raise error_from_status(response.status_code, self._read(call, response))
+                raise error_from_status(response.status_code, self._read(call, response), _code(response.headers))
             _check_range(call, response.status_code)
             yield response
 
@@ -250,7 +250,7 @@ class AsyncTransport:
             )
         try:
             if response.status >= 400:
-                raise error_from_status(response.status, await self._read(call, response))
+                raise error_from_status(response.status, await self._read(call, response), _code(response.headers))
             _check_range(call, response.status)
             yield response
         finally:
@@ -285,6 +285,10 @@ class AsyncTransport:
 def _check_range(call: HttpCall, status: int) -> None:
     if call.wants_part and status != HTTPStatus.PARTIAL_CONTENT:
         raise UnsupportedError(f"{call.path}: the server cannot send a part")
+
+
+def _code(headers: Mapping[str, str]) -> str:
+    return headers.get("X-Error-Code", "")
 
 
 def _what(base_url: str, call: HttpCall) -> str:

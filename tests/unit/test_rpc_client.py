@@ -25,6 +25,7 @@ from imaging.errors import (
     NotPermittedError,
     UnavailableError,
     UnsupportedError,
+    WrongKindError,
 )
 from rpc import transport
 from rpc.client import (
@@ -48,7 +49,7 @@ from rpc.messages import (
     to_wire,
 )
 from rpc.methods import AGENT_METHODS
-from rpc.rest import respond_to_error
+from rpc.rest import CODE_HEADER, render_text_error, respond_to_error
 from rpc.server import ServerSettings, create_app
 from rpc.transport import Download, Endpoint, HttpCall
 from tests.unit.rpc_parts import RPC, sample_registry
@@ -121,6 +122,7 @@ def service_app() -> web.Application:
             "id": "i3",
             "type": request.headers["X-Image-Type"],
             "comment": request.headers.get("X-Image-Comment", ""),
+            "digest": request.headers.get("X-Image-Digest", ""),
             "size": len(data),
         }
         return web.json_response(record)
@@ -246,6 +248,16 @@ def test_snapshot_download_of_unknown_is_not_found(serve: Serve, flavour: str) -
         Caller(serve(agent_app()), flavour=flavour).read("download_snapshot", "none")
 
 
+def test_code_in_the_header_survives_a_body_of_any_shape(serve: Serve, flavour: str) -> None:
+    async def refuse(request: web.Request) -> web.Response:
+        return respond_to_error(WrongKindError("not a snapshot"), render_text_error)
+
+    app = web.Application()
+    app.router.add_post("/snapshots/download", refuse)
+    with pytest.raises(WrongKindError, match="not a snapshot"):
+        Caller(serve(app), flavour=flavour).read("download_snapshot", "f")
+
+
 def test_snapshot_download_that_breaks_is_an_error_not_an_end(serve: Serve, flavour: str) -> None:
     with pytest.raises(UnavailableError, match="connection failed"):
         Caller(serve(agent_app()), flavour=flavour).read("download_snapshot", "short")
@@ -321,8 +333,8 @@ def test_service_calls_give_typed_records(serve: Serve, flavour: str) -> None:
 def test_service_upload_takes_any_shape_of_bytes(serve: Serve, flavour: str, shape: str) -> None:
     body: Any = {"bytes": b"abcde", "file": io.BytesIO(b"abcde"), "iterator": iter([b"ab", b"cde"])}[shape]
     caller = Caller(serve(service_app()), flavour=flavour, is_service=True)
-    record = caller("upload_image", body, image_type="kvm", comment="c")
-    assert (record.type, record.comment, record.size_bytes) == ("kvm", "c", 5)
+    record = caller("upload_image", body, image_type="kvm", comment="c", digest="sha256:x")
+    assert (record.type, record.comment, record.digest, record.size_bytes) == ("kvm", "c", "sha256:x", 5)
 
 
 def test_service_upload_from_an_async_iterator(serve: Serve) -> None:
@@ -385,6 +397,14 @@ def test_error_of_every_class_survives_rpc_and_http(kind: type[MistifyError]) ->
     body = respond_to_error(err).body
     assert isinstance(body, bytes)
     assert type(error_from_status(err.http_status, body)) is kind
+    assert (
+        type(
+            error_from_status(
+                err.http_status, b"any shape", respond_to_error(err, render_text_error).headers[CODE_HEADER]
+            )
+        )
+        is kind
+    )
 
 
 @pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)

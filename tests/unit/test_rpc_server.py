@@ -19,6 +19,7 @@ from aiohttp.test_utils import TestServer
 
 from imaging.errors import BusyError, InternalError, MistifyError, NotFoundError, UnavailableError
 from rpc import server as rpc_server
+from rpc.metrics import Metrics
 from rpc.rest import render_text_error, respond_to_error
 from rpc.server import LIFECYCLE, METRICS, ServerSettings, create_app
 from tests.unit.rpc_parts import RPC, sample_registry
@@ -358,6 +359,16 @@ async def test_metrics_count_requests_calls_and_the_build(server: TestServer, cl
     assert 'mistify_build_info{component="sample",version="1.2"} 1.0' in page
     assert "mistify_http_in_flight 1.0" in page
     assert "made-up" not in page
+
+
+def test_metrics_of_times_are_counted_in_buckets_that_include_the_lower_ones() -> None:
+    metrics = Metrics("sample", "1")
+    for duration_s in (0.0005, 0.002, 1000.0):
+        metrics.count_call("m", "ok", duration_s)
+    page = metrics.render()[0].decode()
+    for bound, count in (("0.0005", 1), ("0.001", 1), ("0.0025", 2), ("300.0", 2), ("+Inf", 3)):
+        assert f'mistify_rpc_call_seconds_bucket{{le="{bound}",method="m"}} {count}.0' in page
+    assert 'mistify_rpc_call_seconds_count{method="m"} 3.0' in page
 
 
 def test_two_applications_in_one_process_count_apart() -> None:
