@@ -68,12 +68,22 @@ def ensure_image(cache: Path) -> Path:
     target = cache / f"guest-{_recipe_id()}.raw"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
+        _clean(cache)
         work = cache / f"making-{os.getpid()}"
         try:
             _make(target, work, cache)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _clean(cache: Path) -> None:
+    """Remove disks of earlier recipes, and what a killed process left half-made."""
+    for old in cache.glob("guest-*.raw"):
+        old.unlink(missing_ok=True)
+    for left in cache.glob("making-*"):
+        if not Path("/proc", left.name.partition("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_marker(disk: Path, offset_bytes: int = MARKER_OFFSET_BYTES) -> str:

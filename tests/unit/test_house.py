@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
+import os
 import re
-import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,11 +33,17 @@ def _modules() -> list[Path]:
 
 
 def _published() -> list[Path]:
-    """Every text file the project shows to the world: what git tracks, or would."""
-    command = ["git", "ls-files", "-co", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
-    paths = [ROOT / line for line in listed.splitlines()]
-    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
+    """Every text file of the tree that is not made by a tool."""
+    made = {"__pycache__", "build", "dist"}
+    found = []
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [
+            name
+            for name in below
+            if name == ".ci" or not (name in made or name.startswith(".") or name.endswith(".egg-info"))
+        ]
+        found += [Path(folder, name) for name in names]
+    return [path for path in sorted(found) if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -72,7 +80,7 @@ def test_modules_say_what_they_are_for() -> None:
     silent = [
         str(path.relative_to(ROOT))
         for path in _modules()
-        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+        if not path.is_relative_to(ROOT / "tests") and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert silent == []
 
@@ -127,6 +135,42 @@ def test_make_every_target_is_explained_and_documented() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert phony is not None
     assert set(phony.group(1).split()) == targets
+
+
+# What an import is called where its distribution is called otherwise, or comes with another one.
+DISTRIBUTIONS = {
+    "dns": "dnspython",
+    "jsonschema": "jsonrpcserver",
+    "oslash": "jsonrpcserver",
+    "urllib3": "requests",
+    "yarl": "aiohttp",
+    "botocore": "boto3",
+}
+NOT_FROM_THE_INDEX = {"libzfs_core", "_typeshed"}  # the distribution's; the type checker's
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def test_imports_are_of_declared_dependencies() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = settings["options.extras_require"]
+    declared = re.findall(r"^[\w-]+", settings["options"]["install_requires"], re.MULTILINE)
+    declared += [name for extra in extras.values() for name in re.findall(r"^[\w-]+", extra, re.MULTILINE)]
+    known = {*sys.stdlib_module_names, *PACKAGES, *NOT_FROM_THE_INDEX, *(name.replace("-", "_") for name in declared)}
+    undeclared = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in _modules()
+        for name in _imported(path)
+        if DISTRIBUTIONS.get(name, name) not in known
+    }
+    assert undeclared == set()
 
 
 def test_console_scripts_lead_to_functions() -> None:
