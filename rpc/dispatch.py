@@ -246,10 +246,9 @@ async def _attempt(method: Method, params: Any) -> tuple[Result, str]:
     except MistifyError as err:
         if err.code == InternalError.code:
             return _report(method, err), err.code
-        log.info(
-            "call failed",
-            extra={"method": method.name, "code": err.code, "error": err.message, "cause": repr(err.__cause__)},
-        )
+        if log.isEnabledFor(logging.INFO):
+            fields = {"method": method.name, "code": err.code, "error": err.message, "cause": repr(err.__cause__)}
+            log.info("call failed", extra=fields)
         return Error(error_number(err), err.message, error_data(err)), err.code
     except Exception as err:  # noqa: BLE001  # whatever a handler raises must not take the connection with it
         return _report(method, err), InternalError.code

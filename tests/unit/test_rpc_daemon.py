@@ -111,7 +111,7 @@ def is_open(host: str, port: int) -> bool:
 
 
 def test_signal_with_a_call_that_never_ends_still_parks_and_exits_0(run: Any, tmp_path: Path) -> None:
-    sample = run(DRAIN_S="1").start()
+    sample = run(DRAIN_S="3").start()
     with socket.create_connection(("127.0.0.1", int(sample.base.rpartition(":")[2])), timeout=TIMEOUT_S) as caller:
         caller.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
         wait_until((tmp_path / "started").exists, "the call has begun")
