@@ -154,7 +154,8 @@ class FilePool:
             yield self._catalog
 
     def _check_pool(self, name: DatasetName) -> None:
-        DatasetName.parse(str(name))  # names may have been put together without being parsed
+        if DatasetName.parse(str(name)) != name:  # names may have been put together without being parsed
+            raise InvalidNameError(f"not a valid dataset: {name}")
         if name.pool != self._pool:
             raise InvalidNameError(f"{name} is not in pool {self._pool}")
 
@@ -170,6 +171,11 @@ class FilePool:
         if not found.is_volume:
             raise WrongKindError(f"not a volume: {name}")
         return found
+
+    def _check_snapshot_name(self, name: SnapshotName) -> None:
+        self._check_pool(name.dataset)
+        if SnapshotName.parse(str(name)) != name:
+            raise InvalidNameError(f"not a valid snapshot: {name}")
 
     def _snapshot(self, name: SnapshotName) -> SnapshotRecord:
         self._check_pool(name.dataset)

@@ -73,8 +73,8 @@ class FileSnapshots(FileDatasets):
 
     def _begin_snapshot(self, name: SnapshotName, opened: ExitStack, *, recursive: bool) -> list[_Part]:
         with self._locked() as catalog:
+            self._check_snapshot_name(name)
             top = self._dataset(name.dataset)
-            SnapshotName.parse(str(name))
             datasets = list(catalog.walk(top)) if recursive else [top]
             for dataset in datasets:
                 SnapshotName.parse(f"{catalog.name_of(dataset)}@{name.snapshot}")

@@ -134,8 +134,7 @@ class FileStreams(FileSnapshots):
     ) -> SnapshotInfo:
         """Receive a volume stream into a file of its own, and name that file in a record once all of it was verified."""
         with self._locked():
-            self._check_pool(target.dataset)
-            SnapshotName.parse(str(target))
+            self._check_snapshot_name(target)
         peeked = _PeekedSource(source)
         fromguid = peeked.fromguid()
         made: list[str] = []
