@@ -127,6 +127,9 @@ class BlobStore(Protocol):
     def lease(self, name: str, digests: Collection[Digest] = (), *, ttl_s: float) -> None:
         """Create or extend a lease, and add digests to it."""
 
+    def leases(self) -> Sequence[str]:
+        """Names of the leases that have not expired, sorted."""
+
     def release(self, name: str) -> None:
         """End a lease; unknown is success."""
 

@@ -77,13 +77,17 @@ def load_state(directory: Path) -> IngestState | None:
         return None
 
 
-def remove_ingest(directory: Path) -> None:
-    """Forget an ingest; what a crash leaves half removed is removed at the next start."""
+def remove_ingest(directory: Path, *, durably: bool = True) -> None:
+    """Forget an ingest; what a crash leaves half removed is removed at the next start.
+
+    After a commit it need not be durable: an ingest without data that comes back after a power cut is removed as well.
+    """
     with os_errors(f"cannot remove ingest {directory.name}"), suppress(FileNotFoundError):
         for path in list(directory.iterdir()):
             path.unlink(missing_ok=True)
         directory.rmdir()
-    fsync_directory(directory.parent)
+    if durably:
+        fsync_directory(directory.parent)
 
 
 def recover_ingest(directory: Path) -> int | None:

@@ -59,8 +59,10 @@ class LeaseBook:
 
     def extend(self, name: str, digests: Collection[Digest], *, expires_s: float, now_s: float) -> None:
         """Create a lease, or make it last longer and hold more; never shorter or less."""
-        if not name or len(name.encode(errors="replace")) > LEASE_NAME_MAX_BYTES:
-            raise InvalidArgumentError(f"a lease's name has 1 to {LEASE_NAME_MAX_BYTES} bytes: {name[:80]!r}")
+        if not name or not name.isprintable() or len(name.encode(errors="replace")) > LEASE_NAME_MAX_BYTES:
+            raise InvalidArgumentError(
+                f"a lease's name has 1 to {LEASE_NAME_MAX_BYTES} bytes of printable text: {name[:80]!r}"
+            )
         old = self._leases.get(name)
         if old is None or old.expires_s <= now_s:
             old = LeaseRecord(name=name, expires_s=expires_s, digests=set())
@@ -86,6 +88,10 @@ class LeaseBook:
         """Names of the live leases that hold the digest."""
         text = str(digest)
         return sorted(r.name for r in self._leases.values() if r.expires_s > now_s and text in r.digests)
+
+    def names(self, *, now_s: float) -> list[str]:
+        """Names of the live leases, sorted."""
+        return sorted(record.name for record in self._leases.values() if record.expires_s > now_s)
 
     def release(self, name: str) -> None:
         """End a lease; unknown is success."""

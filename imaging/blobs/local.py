@@ -93,17 +93,26 @@ class LocalBlobStore:
         self._space = Space(root, quota_bytes=quota_bytes, reserve_free_bytes=reserve_free_bytes)
         self._lock_file = LockFile(root / "lock").acquire()
         try:
-            for path in (self._blobs, self._ingests, self._quarantine):
-                make_directory(path)
+            self._make_layout()
             self._leases = LeaseBook(root / "leases")
             self._recover()
         except BaseException:
             self._lock_file.release()
             raise
 
+    def _make_layout(self) -> None:
+        """All directories, before any blob: a commit never waits for, or depends on, a directory being made durable."""
+        for path in (self._blobs, self._ingests, self._quarantine):
+            make_directory(path)
+        folders = [self._blobs / f"{number:02x}" for number in range(256)]
+        with os_errors(f"cannot make the directories of {self._blobs}"):
+            for path in folders:
+                path.mkdir(exist_ok=True)
+        fsync_directory(self._blobs)
+
     def _recover(self) -> None:
         """Remove what a crash left, trust what may be trusted, and count it all."""
-        for directory in sorted(self._ingests.iterdir()):
+        for directory in self._ingest_directories():
             size = recover_ingest(directory)
             if size is None:
                 remove_ingest(directory)
@@ -156,7 +165,7 @@ class LocalBlobStore:
     def publish(self, files: Ingest) -> BlobInfo:
         """Make a complete, synced ingest a blob (called by its writer). After the rename nothing fails the call."""
         digest = files.hasher.digest()
-        target = make_directory(self._blob_path(digest).parent) / digest.hex
+        target = self._blob_path(digest)
         now = self._clock()
         with self._lock, os_errors(f"cannot publish blob {digest}"):
             self._check_open()
@@ -169,7 +178,7 @@ class LocalBlobStore:
                 files.data_path.rename(target)
         with self._logged("cannot finish publishing", digest):
             fsync_directory(target.parent)
-            remove_ingest(files.directory)
+            remove_ingest(files.directory, durably=False)
         return BlobInfo(digest, files.offset_bytes, now)
 
     @contextmanager
@@ -189,8 +198,13 @@ class LocalBlobStore:
         """See BlobStore."""
         with self._lock:
             self._check_open()
-            infos = [self._ingest_info(path) for path in self._ingests.iterdir()]
+            infos = [self._ingest_info(path) for path in self._ingest_directories()]
         return sorted((info for info in infos if info is not None), key=lambda info: info.ref)
+
+    def _ingest_directories(self) -> Sequence[Path]:
+        """What is named like an ingest; a stranger's file is left alone."""
+        with os_errors("cannot list the ingests"):
+            return sorted(path for path in self._ingests.iterdir() if _HEX.match(path.name) and path.is_dir())
 
     def _ingest_info(self, directory: Path) -> IngestInfo | None:
         state = load_state(directory)
@@ -311,6 +325,12 @@ class LocalBlobStore:
             self._check_open()
             now = self._clock()
             self._leases.extend(name, digests, expires_s=now + ttl_s, now_s=now)
+
+    def leases(self) -> Sequence[str]:
+        """See BlobStore."""
+        with self._lock:
+            self._check_open()
+            return self._leases.names(now_s=self._clock())
 
     def release(self, name: str) -> None:
         """See BlobStore."""

@@ -8,6 +8,7 @@ applies; 0 means the key must be absent.
 Rules.
 
 * ``transact`` applies every operation or none. If a compare does not hold it raises ConflictError and has changed nothing.
+  All puts of one transaction share a revision; no key may be changed twice in it. Without operations it only compares.
 * A call that returned has survived kill -9 and power loss; one that raised has changed nothing, except
   UnavailableError with ``maybe_applied`` in its text, where a network hid the outcome.
 * ``list`` returns entries in key order (bytewise), those with ``prefix`` and after ``after``, at most ``limit``.

@@ -404,7 +404,7 @@ class BlobStoreContract:
             store.ingest("ref", lease="work")
         assert store.collect([], grace_s=self.NO_GRACE_S).blobs == (digest,)
 
-    @pytest.mark.parametrize("name", ["", "x" * 513])
+    @pytest.mark.parametrize("name", ["", "x" * 513, "lone\ud800surrogate"])
     def test_bad_lease_name_is_refused(self, store: BlobStore, name: str) -> None:
         with pytest.raises(InvalidArgumentError):
             store.lease(name, ttl_s=HOUR_S)

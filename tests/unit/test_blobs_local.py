@@ -96,11 +96,19 @@ def test_second_owner_is_busy(store: LocalBlobStore, root: Path) -> None:
 
 def test_files_that_are_no_blobs_are_left_alone(store: LocalBlobStore, root: Path) -> None:
     digest = add(store, b"data").digest
-    stranger = _blob_file(root, digest).with_name("README")
-    stranger.write_text("somebody's notes")
+    strangers = [
+        _blob_file(root, digest).with_name("README"),
+        root / "ingest" / "README",
+        root / "blobs" / "sha256" / "x",
+    ]
+    for stranger in strangers:
+        stranger.write_text("somebody's notes")
     assert [info.digest for info in store.list()] == [digest]
+    assert list(store.ingests()) == []
     store.collect([], grace_s=0)
-    assert stranger.exists()
+    store.close()
+    LocalBlobStore(root).close()
+    assert all(stranger.exists() for stranger in strangers)
 
 
 # -- grace ---------------------------------------------------------------------------------------------------------------
