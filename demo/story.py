@@ -98,7 +98,7 @@ def upload(stage: Stage) -> None:
             record = stage.service.upload_image(file, image_type="kvm", comment="the demo's image")
         expect(record.status == "complete", f"the upload ended as {record.status}")
         stage.image_id = record.id
-        say(f"image {record.id}: {record.format or 'unknown format'}, {mib(record.size_bytes)}, {short(record.digest)}")
+        say(f"image {record.id}: {mib(record.size_bytes)}, {short(record.digest)}")
 
 
 def pull(stage: Stage) -> None:
