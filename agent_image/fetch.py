@@ -170,8 +170,9 @@ class Fetcher:
             self._receive(plain, incoming, snapshot)
             return snapshot
         check_raw(plain)
-        with self._ledger.promise(0 if size_bytes is None else size_bytes):
-            RawWriter(self._driver, incoming, size_max_bytes=self._limits.image_max_bytes).write(plain, size_bytes)
+        with self._ledger.promise(0 if size_bytes is None else size_bytes) as promise:
+            writer = RawWriter(self._driver, incoming, self._limits.image_max_bytes, written=promise.taken)
+            writer.write(plain, size_bytes)
         self._driver.snapshot(incoming @ RAW_SNAPSHOT)
         return RAW_SNAPSHOT
 

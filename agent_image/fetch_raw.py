@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from agent_image.drivers.base import Readable, StorageDriver
@@ -24,10 +24,13 @@ _ZEROS = bytes(BLOCK_BYTES)
 class RawWriter:
     """Writes one stream of bytes into one new thin volume."""
 
-    def __init__(self, driver: StorageDriver, name: DatasetName, *, size_max_bytes: int) -> None:
+    def __init__(
+        self, driver: StorageDriver, name: DatasetName, size_max_bytes: int, *, written: Callable[[int], None]
+    ) -> None:
         self._driver = driver
         self._name = name
         self._size_max_bytes = size_max_bytes
+        self._written = written
         self._size_bytes = 0
         self._fd = -1
         self._open = ExitStack()
@@ -58,6 +61,7 @@ class RawWriter:
             for start, data in runs_of_data(piece, offset):
                 self._pwrite(data, start)
             offset += len(piece)
+            self._written(len(piece))
         return offset
 
     def _grow(self, need_bytes: int) -> None:

@@ -131,24 +131,28 @@ class Guests:
         existed = {name for plan in plans if self._find(name := plan.name) is not None}
         guest_existed = guest is None or self._find(guest) is not None
         made: list[DatasetName] = []
-        with self._ledger.promise(sum(self._need_bytes(plan) for plan in plans)):
-            try:
-                return [self._make(plan, existed, made) for plan in plans]
-            except MistifyError as err:
-                self._undo(made)
-                if not guest_existed and guest is not None:
-                    self._undo([guest])
-                if isinstance(err, NoSpaceError):
-                    raise NoSpaceError("no space left on device") from err
-                raise
+        try:
+            with self._ledger.admit(sum(self._need_bytes(plan) for plan in plans)):
+                infos = [self._make(plan, existed, made) for plan in plans]
+            return [self._show(plan, info) for plan, info in zip(plans, infos, strict=True)]
+        except MistifyError as err:
+            self._undo(made)
+            if not guest_existed and guest is not None:
+                self._undo([guest])
+            if isinstance(err, NoSpaceError):
+                raise NoSpaceError("no space left on device") from err
+            raise
 
-    def _make(self, plan: _Plan, existed: set[DatasetName], made: list[DatasetName]) -> GuestDisk:
+    def _make(self, plan: _Plan, existed: set[DatasetName], made: list[DatasetName]) -> DatasetInfo:
         if plan.snapshot is None:
             info = self._volumes.ensure(plan.name, plan.size_bytes)
         else:
             info = self._volumes.ensure_clone(plan.snapshot, plan.name)
         if plan.name not in existed:
             made.append(plan.name)
+        return info
+
+    def _show(self, plan: _Plan, info: DatasetInfo) -> GuestDisk:
         shown = self._pool.show(info)
         return GuestDisk(str(shown.name), plan.size_bytes, shown.device)
 

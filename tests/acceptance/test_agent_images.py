@@ -158,9 +158,9 @@ def test_request_image_without_wait_answers_at_once_with_progress(
     assert agent.error("GetImage", id="slow") == "not found"
     assert "slow" not in [one["id"] for one in agent.call("ListImages")["images"]]
 
-    def received() -> dict[str, Any] | None:
-        one = agent.call("GetImage", id="slow", pending=True)["images"][0]
-        return one if one.get("progress", {}).get("received_bytes", 0) > 0 else None
+    def received() -> dict[str, Any]:
+        one: dict[str, Any] = agent.call("GetImage", id="slow", pending=True)["images"][0]
+        return one if one.get("progress", {}).get("received_bytes", 0) > 0 else {}
 
     seen = wait_until(received, "bytes of the image to arrive")
     assert seen["status"] == "downloading"

@@ -138,7 +138,7 @@ def test_json_rpc_2_object_gives_structured_answer_and_error(agent: Agent) -> No
 
 
 def test_json_rpc_2_batch_answers_each_call(agent: Agent) -> None:
-    calls = [{"jsonrpc": "2.0", "method": "ImageStore.ListImages", "params": [], "id": n} for n in (1, 2)]
+    calls: list[Any] = [{"jsonrpc": "2.0", "method": "ImageStore.ListImages", "params": [], "id": n} for n in (1, 2)]
     answers = post(agent, [*calls, {"jsonrpc": "2.0", "method": "nope", "id": 3}]).json()
     assert sorted(answer["id"] for answer in answers) == [1, 2, 3]
     assert sum("error" in answer for answer in answers) == 1

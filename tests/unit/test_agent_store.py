@@ -410,7 +410,7 @@ async def test_create_guest_disks_concurrent_requests_do_not_overbook(world: Wor
 
     async def create(number: int) -> bool:
         try:
-            await world.store.create_guest_disks(f"g{number}", [DiskRequest("", 300 * MIB)])
+            await world.store.create_guest_disks(f"g{number}", [DiskRequest("", 340 * MIB)])
         except NoSpaceError:
             return False
         return True

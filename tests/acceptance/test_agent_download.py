@@ -1,0 +1,151 @@
+"""agent-wire section 5: ``/snapshots/download``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import socket
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import requests
+
+from imaging.sendstream.volume import apply_stream
+from tests.acceptance.daemons import Agent
+from tests.fakes.agent_world import MIB, disk
+from tests.fakes.image_server import FakeImageServer
+from tests.waiting import wait_until
+
+SIZE = 24 * MIB
+
+
+@pytest.fixture(scope="module")
+def body() -> bytes:
+    """What the snapshot holds: more than any buffer on the way."""
+    return os.urandom(SIZE // 2) + disk(1, SIZE // 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def volume(agent: Agent, body: bytes) -> Path:
+    """A volume with a snapshot ``f@s1``, and a changed one beside it."""
+    device = Path(agent.call("CreateVolume", id="f", size=SIZE // MIB)["volumes"][0]["device"])
+    with device.open("r+b") as file:
+        file.write(body)
+    agent.call("CreateSnapshot", id="f", dest="s1")
+    return device
+
+
+def content(stream: bytes) -> bytes:
+    """The volume a stream makes."""
+    with tempfile.TemporaryFile() as file:
+        apply_stream(io.BytesIO(stream), file.fileno(), None)
+        file.seek(0)
+        return file.read()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+def test_download_by_any_method_is_the_stream(agent: Agent, body: bytes, method: str) -> None:
+    response = requests.request(method, f"{agent.url}/snapshots/download", data=b'{"id": "f@s1"}', timeout=120)
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    assert response.headers["Transfer-Encoding"] == "chunked"
+    assert content(response.content) == body
+
+
+def test_download_by_query_is_the_same(agent: Agent) -> None:
+    by_query = requests.get(f"{agent.url}/snapshots/download", params={"id": "f@s1"}, timeout=120)
+    assert by_query.status_code == 200
+    digest = hashlib.sha256(by_query.content).hexdigest()
+    assert hashlib.sha256(agent.download("f@s1").content).hexdigest() == digest
+
+
+def test_download_over_http_1_0_is_not_chunked(agent: Agent, body: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", agent.port), timeout=60) as client:
+        client.sendall(b"GET /snapshots/download?id=f@s1 HTTP/1.0\r\n\r\n")
+        with client.makefile("rb") as file:
+            head, _, stream = file.read().partition(b"\r\n\r\n")
+    assert head.split()[1] == b"200"
+    assert b"chunked" not in head.lower()
+    assert content(stream) == body
+
+
+def test_download_head_sends_no_body(agent: Agent) -> None:
+    response = requests.head(f"{agent.url}/snapshots/download", params={"id": "f@s1"}, timeout=60)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "text"),
+    [
+        (b"", 400, "need an id\n"),
+        (b"{}", 400, "need an id\n"),
+        (b"null", 400, "need an id\n"),
+        (b'{"id": ""}', 400, "need an id\n"),
+        (b'{"id": "f"}', 400, "not a snapshot\n"),
+        (b'{"id": "f@nope"}', 404, "not found\n"),
+        (b'{"id": "nope@s"}', 404, "not found\n"),
+        (b'{"id": "../f@s1"}', 400, "not a valid dataset\n"),
+        (b'{"id": "-f@s1"}', 400, "not a valid dataset\n"),
+        (b'{"id": ', 400, None),
+        (b"[]", 400, None),
+        (b'{"id": 5}', 400, None),
+        (b"\xff", 400, None),
+    ],
+)
+def test_download_wrong_request_is_text_with_newline(agent: Agent, sent: bytes, status: int, text: str | None) -> None:
+    response = requests.get(f"{agent.url}/snapshots/download", data=sent, timeout=60)
+    assert response.status_code == status
+    assert response.headers["Content-Type"].startswith("text/plain")
+    assert response.text.endswith("\n")
+    assert text is None or response.text == text
+
+
+def test_download_client_that_goes_away_ends_the_send(agent: Agent) -> None:
+    before = agent.metric("mistify_snapshot_downloads_total", outcome="gone")
+    for _ in range(3):
+        with requests.get(f"{agent.url}/snapshots/download", params={"id": "f@s1"}, timeout=60, stream=True) as gone:
+            assert gone.raw.read(1000)
+    wait_until(
+        lambda: agent.metric("mistify_snapshot_downloads_total", outcome="gone") == before + 3, "the sends to end"
+    )
+    # Nothing holds the snapshot any more.
+    agent.call("CreateVolume", id="other", size=1)
+    agent.call("CreateSnapshot", id="other", dest="s")
+    agent.download("other@s")
+    agent.call("DeleteSnapshot", id="other@s")
+
+
+def test_download_slow_client_does_not_hold_up_other_calls(agent: Agent) -> None:
+    with socket.create_connection(("127.0.0.1", agent.port), timeout=60) as slow:
+        slow.sendall(b"GET /snapshots/download?id=f@s1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert slow.recv(100)
+        assert agent.call("GetSnapshot", id="f@s1")["snapshots"]
+        assert len(agent.download("f@s1").content) > SIZE // 2
+
+
+def test_download_many_at_once_are_all_whole(agent: Agent) -> None:
+    expected = hashlib.sha256(agent.download("f@s1").content).hexdigest()
+    found: list[str] = []
+
+    def one() -> None:
+        found.append(hashlib.sha256(agent.download("f@s1").content).hexdigest())
+
+    threads = [threading.Thread(target=one) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == [expected] * 6
+
+
+def test_download_round_trip_through_an_image_keeps_the_content(
+    agent: Agent, image_server: FakeImageServer, body: bytes, pool: str
+) -> None:
+    image_server.serve("round", agent.download("f@s1").content)
+    image = agent.call("RequestImage", id="round")["images"][0]
+    assert image["snapshot"] == f"{pool}/images/round@s1"
+    clone = agent.call("CloneImage", id="round", dest=f"{pool}/round")["volumes"][0]
+    assert Path(clone["device"]).read_bytes() == body
