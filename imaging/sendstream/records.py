@@ -107,9 +107,8 @@ class Feature(IntFlag):
     LARGE_MICROZAP = 1 << 29
 
 
-KNOWN_FEATURES = 0
-for _feature in Feature:
-    KNOWN_FEATURES |= _feature
+KNOWN_FEATURES = sum(feature.value for feature in Feature)
+"""A plain integer: inverting a flag would leave out the bits above the highest one known."""
 
 
 def feature_names(bits: int) -> list[str]:
