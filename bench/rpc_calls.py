@@ -50,7 +50,7 @@ def _compare(report: Report, connections: int, port: int, bare_port: int, body: 
 
 def _load(port: int, body: str, connections: int) -> LoadResult:
     command = [sys.executable, "-m", "bench.load", str(port), PATH, body, str(connections), str(SECONDS)]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120)
     return LoadResult(*json.loads(done.stdout))
 
 
