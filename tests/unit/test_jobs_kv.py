@@ -47,9 +47,15 @@ class _Counting:
         self.reads = 0
         self.listed = 0
         self.losses = 0
+        self.meanwhile: Callable[[], object] | None = None
+        """What another process does just before the next read of a job."""
 
     def get(self, key: str) -> Entry | None:
         self.reads += 1
+        if "/job/" in key or "/key/" in key:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            if meanwhile is not None:
+                meanwhile()
         return self._kv.get(key)
 
     def list(self, prefix: str = "", *, after: str = "", limit: int | None = None) -> Sequence[Entry]:
@@ -88,6 +94,43 @@ def test_lost_race_is_tried_again_and_given_up_after_a_bound(kv: SqliteKeyValue)
     with pytest.raises(UnavailableError, match="busy"):
         queue.claim(now_s=2)
     assert [job.state for job in queue.list()] == [JobState.WAITING]
+
+
+def test_claim_of_a_job_another_process_just_claimed_takes_the_next(kv: SqliteKeyValue) -> None:
+    counting = _Counting(kv)
+    queue, other = _open(counting), _open(kv)
+    first, second = (queue.enqueue(key, {}, now_s=1) for key in "ab")
+    counting.meanwhile = lambda: other.claim(now_s=2)
+    job = queue.claim(now_s=2)
+    assert job is not None
+    assert job.id == second.id
+    assert other.get(first.id).attempt == 1
+
+
+def test_claim_of_a_job_that_was_just_cancelled_and_forgotten_finds_none(kv: SqliteKeyValue) -> None:
+    counting = _Counting(kv)
+    queue, other = _open(counting), _open(kv)
+    queue.enqueue("a", {}, now_s=1)
+    counting.meanwhile = lambda: (other.cancel("a", now_s=2), other.prune(now_s=2 + RESULT_TTL_S))
+    assert queue.claim(now_s=2) is None
+
+
+@pytest.mark.parametrize("pending_max", [1, 8])
+def test_enqueue_of_a_key_another_process_just_added_joins_it(kv: SqliteKeyValue, pending_max: int) -> None:
+    counting = _Counting(kv)
+    queue, other = _open(counting, pending_max=pending_max), _open(kv)
+    real_list = counting._kv.list
+
+    class _AddsWhileCounting:
+        """The other process adds the key after we looked for it."""
+
+        def __call__(self, *args: object, **kwargs: object) -> Sequence[Entry]:
+            other.enqueue("a", {"from": "other"}, now_s=1)
+            return real_list(*args, **kwargs)  # type: ignore[arg-type]
+
+    counting.list = _AddsWhileCounting()  # type: ignore[method-assign]
+    assert queue.enqueue("a", {"from": "us"}, now_s=2).payload == {"from": "other"}
+    assert len(other.list()) == 1
 
 
 def test_finished_jobs_leave_nothing_behind_after_pruning(kv: SqliteKeyValue) -> None:

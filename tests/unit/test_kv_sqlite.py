@@ -18,6 +18,7 @@ from imaging.errors import BadDataError, BusyError, InternalError, MistifyError,
 from imaging.kv.base import KeyValue, Put, put
 from imaging.kv.sqlite import SqliteKeyValue, from_sqlite_error
 from tests.contracts.key_value import KeyValueContract
+from tests.waiting import wait_until
 
 
 class TestSqliteKeyValue(KeyValueContract):
@@ -145,6 +146,11 @@ def test_open_missing_directory_is_an_error_of_ours(tmp_path: Path) -> None:
         SqliteKeyValue(tmp_path / "missing" / "store.db")
 
 
+REFUSE_BAD = (
+    "CREATE TEMP TRIGGER refuse BEFORE INSERT ON entries WHEN NEW.key = 'bad' BEGIN SELECT RAISE(FAIL, 'no'); END"
+)
+
+
 # -- failing writes ------------------------------------------------------------------------------------------------------
 
 
@@ -209,8 +215,7 @@ def test_statement_that_fails_anywhere_leaves_no_half_of_its_transaction(path: P
     with SqliteKeyValue(path) as store:
         put(store, "kept", b"1")
         worker = store._table.conn
-        refuse = "CREATE TEMP TRIGGER refuse BEFORE INSERT ON entries WHEN NEW.key = 'bad' BEGIN SELECT RAISE(FAIL, 'no'); END"
-        worker.select_one(refuse)
+        worker.select_one(REFUSE_BAD)
         keys = ["a", "b", "c"]
         keys.insert(position, "bad")
         with pytest.raises(InternalError):
@@ -218,6 +223,26 @@ def test_statement_that_fails_anywhere_leaves_no_half_of_its_transaction(path: P
         assert [entry.key for entry in store.list()] == ["kept"]
         revision = put(store, "next", b"")
         assert [(entry.key, entry.revision) for entry in store.list()] == [("kept", 1), ("next", revision)]
+
+
+def test_statement_whose_failure_is_noticed_before_the_commit_takes_the_earlier_ones_with_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SqliteKeyValue(path) as store:
+        worker, stage = store._table.conn, store._stage
+
+        def stage_and_wait(operation: Put, stamp: bytes) -> None:
+            stage(operation, stamp)
+            if operation.key == "bad":
+                wait_until(lambda: worker.exception is not None, "the worker failed")
+
+        worker.select_one(REFUSE_BAD)
+        monkeypatch.setattr(store, "_stage", stage_and_wait)
+        with pytest.raises(InternalError):
+            store.transact([Put("early", b""), Put("bad", b""), Put("late", b"")])
+        assert list(store.list()) == []
+        put(store, "next", b"")
+        assert [entry.key for entry in store.list()] == ["next"]
 
 
 def test_commit_after_a_rollback_that_failed_stores_nothing_of_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
