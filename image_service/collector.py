@@ -8,16 +8,20 @@ and a grace. A blob is removed at once when the last record that names it is del
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 
 from image_service.lifecycle import UNFINISHED, Image
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobStore, CollectReport
 from imaging.digests import Digest
-from imaging.errors import BusyError, NotFoundError
+from imaging.errors import BusyError, MistifyError, NotFoundError
 
 GRACE_S = 3600.0
 """Nothing younger is collected: an hour covers every step between a commit and its record, on any machine."""
+
+GRACE_MIN_S = 60.0
+"""From a commit to its record takes milliseconds. Less than a minute would bet on no machine ever pausing between the two."""
 
 INTERVAL_S = 3600.0
 """How often to look; a look reads every record and lists every blob."""
@@ -44,18 +48,35 @@ class Collector:
     def __init__(self, records: MetadataStore, blobs: BlobStore, *, grace_s: float = GRACE_S) -> None:
         self._records = records
         self._blobs = blobs
-        self._grace_s = grace_s
+        self._grace_s = max(grace_s, GRACE_MIN_S)
+        self._naming = threading.Lock()
+
+    def publish(self, lease: str, digest: Digest, record: Callable[[], None]) -> None:
+        """Let a record name a blob that was just committed under a lease, and end the lease.
+
+        If ``record`` fails the blob goes, unless somebody else needs it. The lock keeps :meth:`drop` from looking before the
+        record is there and removing after the lease has ended.
+        """
+        try:
+            with self._naming:
+                record()
+        except MistifyError:
+            self._blobs.release(lease)
+            self.drop(digest)
+            raise
+        self._blobs.release(lease)
 
     def drop(self, digest: Digest) -> None:
         """Remove a blob now unless a record or a writer needs it; absent is fine."""
-        if self._records.needs(digest):
-            return
-        try:
-            self._blobs.delete(digest)
-        except NotFoundError:
-            return
-        except BusyError:
-            log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
+        with self._naming:
+            if self._records.needs(digest):
+                return
+            try:
+                self._blobs.delete(digest)
+            except NotFoundError:
+                return
+            except BusyError:
+                log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
 
     def forget(self, ref: str) -> None:
         """Remove an ingest and its lease; absent is fine."""
@@ -63,22 +84,26 @@ class Collector:
         self._blobs.release(ref)
 
     def recover(self) -> None:
-        """At start, when no other process writes here: forget every ingest no unfinished record goes on with."""
+        """At start, when nobody writes here: end the leases of the dead and remove what only they needed."""
         wanted = {fetch_ref(image.id) for image in self._records.iterate() if image.status in UNFINISHED}
+        for lease in self._blobs.leases():
+            if lease.startswith((FETCH_PREFIX, UPLOAD_PREFIX)) and lease not in wanted:
+                self._blobs.release(lease)
         for ingest in self._blobs.ingests():
             if ingest.ref not in wanted:
                 log.info("ingest left behind is removed", extra={"ref": ingest.ref, "size_bytes": ingest.offset_bytes})
                 self.forget(ingest.ref)
+        self._report(self._blobs.collect(_named(self._records.iterate()), grace_s=0))
 
     def collect(self, *, dry_run: bool = False, limit: int | None = None) -> CollectReport:
         """One round of garbage collection; what was (or would be) removed."""
-        report = self._blobs.collect(
-            _named(self._records.iterate()), grace_s=self._grace_s, dry_run=dry_run, limit=limit
-        )
-        log.info(
-            "garbage collected",
-            extra={"blobs": len(report.blobs), "ingests": len(report.refs), "freed_bytes": report.freed_bytes},
-        )
+        keep = _named(self._records.iterate())
+        return self._report(self._blobs.collect(keep, grace_s=self._grace_s, dry_run=dry_run, limit=limit))
+
+    @staticmethod
+    def _report(report: CollectReport) -> CollectReport:
+        removed = {"blobs": len(report.blobs), "ingests": len(report.refs), "freed_bytes": report.freed_bytes}
+        log.info("garbage collected", extra=removed)
         return report
 
 

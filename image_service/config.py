@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from image_service.admission import AdmissionLimits
-from image_service.collector import GRACE_S, INTERVAL_S
+from image_service.collector import GRACE_MIN_S, GRACE_S, INTERVAL_S
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
 from image_service.sources import SourcePolicy
@@ -168,7 +168,10 @@ _OPTIONS = [
         "--collect-interval-s", type=_positive(), default=INTERVAL_S, help="Time between two garbage collections."
     ),
     click.option(
-        "--collect-grace-s", type=click.FloatRange(min=0), default=GRACE_S, help="Nothing younger is collected."
+        "--collect-grace-s",
+        type=click.FloatRange(min=GRACE_MIN_S),
+        default=GRACE_S,
+        help="Nothing younger is collected.",
     ),
 ]
 

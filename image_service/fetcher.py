@@ -12,16 +12,18 @@ NotFoundError (404, 410), BadDataError (any other answer), TooLargeError (the an
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from email.utils import parsedate_to_datetime
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 from aiohttp.helpers import is_ip_address
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from image_service.lifecycle import UNKNOWN_SIZE
@@ -30,8 +32,13 @@ from imaging.errors import BadDataError, MistifyError, NotFoundError, NotPermitt
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+_BROKEN = (TimeoutError, aiohttp.ClientError, OSError, HttpProcessingError)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\Z")
 _URL_SHOWN_CHARS = 300
+
+AHEAD_CHUNKS = 16
+"""Chunks read ahead of the disk, each at most aiohttp's buffer (128 KiB): 2 MiB a fetch."""
+
 _LAST_MODIFIED_MARGIN = timedelta(seconds=1)
 """RFC 9110, 8.8.2.2: a date this much older than the answer identifies the bytes, because a second change would show."""
 
@@ -50,26 +57,56 @@ class ConversationLimits:
     """Mirrors take two or three; a loop takes more."""
 
 
-@dataclass(slots=True)
 class Body:
-    """An answer whose headers were accepted."""
+    """An answer whose headers were accepted, read ahead of whoever takes it.
 
-    offset_bytes: int
-    """Where the body begins: where we asked it to, or 0."""
-    total_bytes: int
-    """Length of the whole thing, UNKNOWN_SIZE if the source does not say."""
-    validator: str
-    """What a later If-Range may say about these bytes; empty if the source gives nothing dependable."""
-    _response: aiohttp.ClientResponse = field(repr=False)
+    Reading ahead does two things: the line and the disk work at the same time, and bytes that came before a connection broke
+    are not lost with it (aiohttp forgets what nobody had read by then).
+    """
+
+    def __init__(
+        self, response: aiohttp.ClientResponse, *, offset_bytes: int, total_bytes: int, validator: str
+    ) -> None:
+        self.offset_bytes = offset_bytes
+        """Where the body begins: where we asked it to, or 0."""
+        self.total_bytes = total_bytes
+        """Length of the whole thing, UNKNOWN_SIZE if the source does not say."""
+        self.validator = validator
+        """What a later If-Range may say about these bytes; empty if the source gives nothing dependable."""
+        self._response = response
+        self._ahead: asyncio.Queue[bytes | Exception] = asyncio.Queue(AHEAD_CHUNKS)
+        self._reader: asyncio.Task[None] | None = None
+
+    def read_ahead(self) -> None:
+        """Begin to read."""
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            async for chunk in self._response.content.iter_any():
+                await self._ahead.put(chunk)
+            await self._ahead.put(b"")
+        except Exception as err:  # noqa: BLE001 - whatever it is, the taker raises it
+            await self._ahead.put(err)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes; ends only where the source says that its body ends."""
-        url = self._response.url
-        try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except (TimeoutError, aiohttp.ClientError, OSError) as err:
-            raise UnavailableError(f"connection to the image source broke: {show(url)}") from err
+        while True:
+            item = await self._ahead.get()
+            if isinstance(item, _BROKEN):
+                raise UnavailableError(f"connection to the image source broke: {show(self._response.url)}") from item
+            if isinstance(item, Exception):
+                raise item
+            if not item:
+                return
+            yield item
+
+    async def close(self) -> None:
+        """Stop reading and hang up."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+        self._response.close()
 
 
 class Fetcher:
@@ -125,18 +162,18 @@ class Fetcher:
         ``total_bytes`` is the length it had. The body may begin at 0 whatever was asked.
         """
         offset = offset_bytes if validator else 0
-        response = await self._ask(source, offset, validator)
+        body = _accept(await self._ask(source, offset, validator), offset, total_bytes)
+        if body is None:  # what we have does not fit what is there now
+            body = _accept(await self._ask(source, 0, ""), 0, UNKNOWN_SIZE)
+        if body is None:
+            raise BadDataError(f"image source makes no sense: {source[:_URL_SHOWN_CHARS]}")
         try:
-            body = _accept(response, offset, total_bytes)
-            if body is None:  # what we have does not fit what is there now
-                response.close()
-                response = await self._ask(source, 0, "")
-                body = _accept(response, 0, UNKNOWN_SIZE)
-            if body is None or body.total_bytes > self._limits.size_max_bytes:
-                raise TooLargeError(f"image source is larger than {self._limits.size_max_bytes} bytes: {source[:300]}")
+            if body.total_bytes > self._limits.size_max_bytes:
+                raise TooLargeError(f"image source is larger than {self._limits.size_max_bytes} bytes")
+            body.read_ahead()
             yield body
         finally:
-            response.close()
+            await body.close()
 
     async def _ask(self, source: str, offset: int, validator: str) -> aiohttp.ClientResponse:
         url = self._policy.check_url(source)
@@ -149,7 +186,9 @@ class Fetcher:
                 return response
             response.close()
             url = self._next_hop(url, response.headers.get("Location", ""))
-        raise BadDataError(f"image source redirects more than {self._limits.redirects_max} times: {source[:300]}")
+        raise BadDataError(
+            f"image source redirects more than {self._limits.redirects_max} times: {source[:_URL_SHOWN_CHARS]}"
+        )
 
     def _next_hop(self, url: URL, location: str) -> URL:
         if not location:
@@ -181,14 +220,26 @@ def show(url: URL) -> str:
 
 def _accept(response: aiohttp.ClientResponse, offset: int, known_total: int) -> Body | None:
     """The body an answer promises; None if the offset asked for makes no sense to the source any more."""
+    try:
+        found = _weigh(response, offset, known_total)
+    except MistifyError:
+        response.close()
+        raise
+    if found is None:
+        response.close()
+        return None
+    begin, total = found
+    return Body(response, offset_bytes=begin, total_bytes=total, validator=validator_of(response.headers))
+
+
+def _weigh(response: aiohttp.ClientResponse, offset: int, known_total: int) -> tuple[int, int] | None:
+    """Where an answer begins and how long the whole is."""
     if response.status == 200:
         length = response.content_length
-        return Body(0, UNKNOWN_SIZE if length is None else length, validator_of(response.headers), response)
+        return 0, UNKNOWN_SIZE if length is None else length
     if offset and response.status == 206:
         total = _total_of_range(response, offset)
-        if known_total not in (UNKNOWN_SIZE, total):
-            return None
-        return Body(offset, total, validator_of(response.headers), response)
+        return None if known_total not in (UNKNOWN_SIZE, total) else (offset, total)
     if offset and response.status == 416:
         return None
     raise _refusal(response)

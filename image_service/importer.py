@@ -197,14 +197,16 @@ class Importer:
             async with await Spool.open(self._blobs, self._data, room, max_bytes=limit) as spool:
                 self._received[image_id] = spool.offset_bytes
                 try:
-                    body = await self._converse(image, spool, room)
+                    total_bytes = await self._converse(image, spool, room)
                 except (MistifyError, asyncio.CancelledError):
                     await spool.checkpoint()  # what is here is kept for the next attempt, or the next start
                     raise
-                await settled(self._publish(image, body, spool))
+                await settled(self._publish(image, total_bytes, spool))
 
-    async def _converse(self, image: Image, spool: Spool, room: Reservation) -> Body:
-        """Take everything the source has behind what is here."""
+    async def _converse(self, image: Image, spool: Spool, room: Reservation) -> int:
+        """Take everything the source has behind what is here; the length it gave."""
+        if image.validator and image.expected_size_bytes == spool.offset_bytes:
+            return spool.offset_bytes  # a crash came between the last byte and the commit
         async with self._fetcher.open(
             image.source,
             offset_bytes=spool.offset_bytes,
@@ -213,7 +215,7 @@ class Importer:
         ) as body:
             await self._offload(room.announce, body.total_bytes, received_bytes=body.offset_bytes)
             await self._take(image, body, spool)
-        return body
+            return body.total_bytes
 
     async def _take(self, image: Image, body: Body, spool: Spool) -> None:
         """Write the body behind what is there; see the module's docstring for the order."""
@@ -239,17 +241,15 @@ class Importer:
         await self._data(self._blobs.lease, fetch_ref(image_id), ttl_s=LEASE_TTL_S)
         await self._update(image_id, lambda image: update_size(image, size_bytes))
 
-    async def _publish(self, image: Image, body: Body, spool: Spool) -> None:
+    async def _publish(self, image: Image, total_bytes: int, spool: Spool) -> None:
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
-        size = body.total_bytes if body.total_bytes != UNKNOWN_SIZE else None
-        info = await spool.commit(digest=wanted, size_bytes=size)
-        try:
-            await self._update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, now=self._now()))
-        except (NotFoundError, ConflictError):
-            await settled(self._data(self._blobs.release, fetch_ref(image.id)))
-            await settled(self._data(self._collector.drop, info.digest))
-            raise
-        await settled(self._data(self._blobs.release, fetch_ref(image.id)))
+        size_bytes = None if total_bytes == UNKNOWN_SIZE else total_bytes
+        info = await spool.commit(digest=wanted, size_bytes=size_bytes)
+
+        def finish() -> None:
+            self._records.update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, now=self._now()))
+
+        await self._data(self._collector.publish, fetch_ref(image.id), info.digest, finish)
 
     async def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
         return await settled(self._offload(self._records.update, image_id, change))

@@ -169,12 +169,8 @@ class ImageService:
     async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size: int | None) -> Image:
         info = await spool.commit(digest=digest, size_bytes=size)
         complete = set_finished(image, info.digest, info.size_bytes, now=self._now())
-        try:
-            await self._offload(self._records.put, complete)
-        except BaseException:
-            await self._data(self._blobs.release, upload_ref(image.id))
-            await self._data(self._collector.drop, info.digest)
-            raise
+        ref = upload_ref(image.id)
+        await self._data(self._collector.publish, ref, info.digest, lambda: self._records.put(complete))
         return complete
 
     async def delete(self, image_id: str) -> Image:
