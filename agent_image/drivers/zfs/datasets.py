@@ -16,7 +16,15 @@ from agent_image.drivers.zfs.devices import is_passing
 from agent_image.drivers.zfs.errors import Operation
 from agent_image.drivers.zfs.hidden import PREFIX, Purpose, is_hidden
 from agent_image.drivers.zfs.properties import Changes, check, check_volblocksize, reservation, round_up
-from imaging.errors import BusyError, InternalError, InvalidArgumentError, MistifyError, NoSpaceError, NotFoundError
+from imaging.errors import (
+    BusyError,
+    InternalError,
+    InvalidArgumentError,
+    MistifyError,
+    NoSpaceError,
+    NotFoundError,
+    WrongKindError,
+)
 from imaging.names import DatasetName, SnapshotName
 
 BUSY_POLL_S = 0.05
@@ -114,6 +122,7 @@ class ZfsDatasets(ZfsCore):
         """Make missing parents for the block, under the lock; they go again if it raises."""
         self._check_new(name)
         with self._lock:
+            self._check_parent(name)
             made: list[DatasetName] = []
             try:
                 for parent in self._missing_parents(name) if parents else ():
@@ -127,6 +136,12 @@ class ZfsDatasets(ZfsCore):
                     self._lzc.destroy(str(parent))
                     self._index.remove(parent)
                 raise
+
+    def _check_parent(self, name: DatasetName) -> None:
+        """Nothing lies below a volume; the kernel of 2.1 refuses only some of the calls that would."""
+        ancestors = (self._index.find(DatasetName(name.parts[:length])) for length in range(1, len(name.parts)))
+        if any(info is not None and info.kind is DatasetKind.VOLUME for info in ancestors):
+            raise WrongKindError(f"the parent of {name} is not a filesystem")
 
     def _forget_failed(self, name: DatasetName) -> None:
         """ZFS makes a dataset, fails to set a property (a reservation), and destroys it: others may have seen it meanwhile."""
@@ -212,6 +227,7 @@ class ZfsDatasets(ZfsCore):
                 raise InvalidArgumentError(f"the root of pool {name} cannot be renamed")
             if target != name and target.is_within(name):
                 raise InvalidArgumentError(f"{name} cannot move below itself: {target}")
+            self._check_parent(target)
             self._lzc.rename(str(name), str(target))
             self._index.rename(name, target)
             self._devices.forget()
@@ -237,8 +253,7 @@ class ZfsDatasets(ZfsCore):
             raise InvalidArgumentError(f"the root of pool {name} cannot be destroyed")
         volumes = [info.name for info in self._index.datasets(name, DatasetKind.VOLUME)]
         if recursive:
-            for volume in volumes:
-                self._wait_unheld(volume, f"cannot destroy {name}")
+            self._wait_unheld(volumes, f"cannot destroy {name}")
         self._while_busy(lambda: self._destroy_now(name, recursive=recursive), name, volumes)
 
     def _destroy_now(self, name: DatasetName, *, recursive: bool) -> None:
@@ -324,12 +339,13 @@ class ZfsDatasets(ZfsCore):
             else:
                 return
 
-    def _wait_unheld(self, volume: DatasetName, what: str) -> None:
+    def _wait_unheld(self, volumes: Sequence[DatasetName], what: str) -> None:
+        """Wait until nobody has the devices open; BusyError says who has."""
         deadline, tick = time.monotonic() + self._device_busy_timeout_s, threading.Event()
-        while holders := self._holders([volume]):
+        while holders := self._holders(volumes):
             if any(not is_passing(holder) for holder in holders) or time.monotonic() > deadline:
                 refuse_busy(what, holders)
             tick.wait(BUSY_POLL_S)
 
     def _holders(self, volumes: Sequence[DatasetName]) -> list[str]:
-        return [f"{volume} is open: {holder}" for volume in volumes for holder in self._devices.holders(str(volume))]
+        return self._devices.holders(str(volume) for volume in volumes)

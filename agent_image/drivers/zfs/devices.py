@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from imaging.errors import UnavailableError
@@ -22,11 +22,11 @@ from imaging.errors import UnavailableError
 BLKZNAME = 0x8100127D
 """_IOR(0x12, 125, char[256]): the name of the volume behind a device."""
 NAME_BUFFER_BYTES = 256
-PARTITION_MASK = 15
-"""Each volume has 16 minor numbers, the first is the whole disk."""
 POLL_FIRST_S = 0.01
 POLL_MAX_S = 0.25
 DEVICE_NAME = re.compile(r"zd\d+\Z")
+PARTITION = re.compile(r"p\d+\Z")
+SYS_BLOCK = Path("/sys/block")
 UDEV_COMMANDS = frozenset({"systemd-udevd", "(udev-worker)", "udevd", "blkid", "zvol_id", "udevadm", "multipathd"})
 """Programs that look at each new device for a moment; waiting for them ends."""
 
@@ -110,13 +110,14 @@ class Devices:
             tick.wait(pause_s)
             pause_s = min(pause_s * 2, POLL_MAX_S)
 
-    def holders(self, volume: str) -> list[str]:
-        """Who has the volume's device open, as text: processes and devices stacked on it. Best effort."""
-        found = self.find(volume)
-        if found is None:
+    def holders(self, volumes: Iterable[str]) -> list[str]:
+        """Who has the volumes' devices open, as text: processes, mounts, devices stacked on them. Best effort, one look for all."""
+        found = ((volume, self.find(volume)) for volume in volumes)
+        nodes = {str(path.resolve()): volume for volume, path in found if path is not None}
+        if not nodes:
             return []
-        node = found.resolve().name
-        return [*_stacked(node), *_processes(self._devices / node)]
+        holders = [*_stacked(nodes), *_mounts(nodes), *_processes(nodes)]
+        return [f"{volume} is open: {holder}" for volume, holder in holders]
 
 
 def is_passing(holder: str) -> bool:
@@ -124,30 +125,34 @@ def is_passing(holder: str) -> bool:
     return any(f"({command})" in holder for command in UDEV_COMMANDS)
 
 
-def _stacked(node: str) -> list[str]:
-    block = Path("/sys/block", node)
-    places = [block / "holders", *(partition / "holders" for partition in block.glob(f"{node}p*"))]
-    stacked = [entry.name for place in places if place.is_dir() for entry in place.iterdir()]
-    return [f"device /dev/{name}" for name in sorted(stacked)] + _mounts(node)
+def _volume_behind(path: str, nodes: Mapping[str, str]) -> str | None:
+    """The volume of a device or of one of its partitions."""
+    return nodes.get(path) or nodes.get(PARTITION.sub("", path))
 
 
-def _mounts(node: str) -> list[str]:
-    wanted = re.compile(rf"/dev/{node}(p\d+)?\Z")
-    lines = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
-    return [f"mount {fields[1]}" for fields in lines if wanted.match(os.path.realpath(fields[0]))]
+def _stacked(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for node, volume in nodes.items():
+        block = SYS_BLOCK / Path(node).name
+        for place in (block / "holders", *block.glob("zd*p*/holders")):
+            if place.is_dir():
+                yield from ((volume, f"device /dev/{entry.name}") for entry in sorted(place.iterdir()))
 
 
-def _processes(device: Path) -> list[str]:
-    wanted = re.compile(rf"{re.escape(str(device))}(p\d+)?\Z")
-    found = []
-    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        with contextlib.suppress(OSError):  # processes end while we look, others are not ours to see
-            if any(wanted.match(target) for target in _open_files(process)):
-                found.append(f"process {process.name} ({(process / 'comm').read_text().strip()})")
-    return found
+def _mounts(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        source, place = line.split(" ")[:2]
+        volume = _volume_behind(os.path.realpath(source), nodes) if source.startswith("/dev/") else None
+        if volume is not None:
+            yield volume, f"mount {place}"
 
 
-def _open_files(process: Path) -> Iterator[str]:
-    for entry in (process / "fd").iterdir():
+def _processes(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Processes end while we look, and some are not ours to see: those are left out."""
+    for process in sorted((int(name) for name in os.listdir("/proc") if name.isdigit())):  # noqa: PTH208 - see below
         with contextlib.suppress(OSError):
-            yield str(entry.readlink())
+            # Hundreds of processes with dozens of files: pathlib would cost four times as much.
+            targets = {os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")}  # noqa: PTH115, PTH208
+            held = {_volume_behind(target, nodes) for target in targets if target.startswith("/dev/")} - {None}
+            if held:
+                name = Path(f"/proc/{process}/comm").read_text().strip()
+                yield from ((str(volume), f"process {process} ({name})") for volume in held)

@@ -12,12 +12,13 @@ from agent_image.drivers.base import DatasetKind
 from agent_image.drivers.zfs.hidden import MARK, Purpose, new_name
 from agent_image.drivers.zfs.properties import Changes
 from agent_image.drivers.zfs.streams import ZfsStreams
-from imaging.errors import WrongKindError, from_os_error
+from imaging.errors import NotPermittedError, WrongKindError, from_os_error
 from imaging.names import DatasetName, SnapshotName
 
 DEVICE_TIMEOUT_S = 10.0
 """What the contract promises; the link of a volume comes 35-400 ms after it, later when hundreds are made at once."""
 BLKFLSBUF = 0x1261
+BLKROGET = 0x125E
 
 
 class ZfsDriver(ZfsStreams):
@@ -41,6 +42,7 @@ class ZfsDriver(ZfsStreams):
 
         Devices of snapshots themselves (``snapdev=visible``) would appear for all snapshots of the volume at once and stay.
         """
+        self.get_snapshot(name)
         if self._find(name.dataset).kind is not DatasetKind.VOLUME:
             raise WrongKindError(f"{name} is not a snapshot of a volume")
         view = self._make_view(name)
@@ -75,7 +77,9 @@ def _opened(path: Path, name: DatasetName | SnapshotName, *, writable: bool) -> 
     except OSError as err:
         raise from_os_error(err, f"cannot open the device of {name}") from err
     try:
-        if not writable:
+        if writable:
+            _refuse_readonly(fd, name)
+        else:
             with contextlib.suppress(OSError):  # needs CAP_SYS_ADMIN; without, the cache is as it is
                 fcntl.ioctl(fd, BLKFLSBUF, 0)
         yield fd
@@ -83,3 +87,11 @@ def _opened(path: Path, name: DatasetName | SnapshotName, *, writable: bool) -> 
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _refuse_readonly(fd: int, name: object) -> None:
+    """The kernel opens a read-only disk for writing and refuses the writes: say it at once."""
+    answer = bytearray(4)
+    fcntl.ioctl(fd, BLKROGET, answer)
+    if any(answer):
+        raise NotPermittedError(f"{name} is read-only")

@@ -179,8 +179,8 @@ ROWS: dict[Operation, dict[int | str, Row]] = {
     Operation.SEND: {
         errno.ENOENT: Row(NotFoundError, "{name} or its base {other} not found"),
         errno.ESRCH: Row(NotFoundError, "the base {other} of {name} not found"),
-        errno.EXDEV: Row(ConflictError, "{other} is no earlier state of {name}"),
-        errno.ENODEV: Row(ConflictError, "{other} is no earlier state of {name}"),
+        errno.EXDEV: Row(InvalidArgumentError, "{other} is no earlier state of {name}"),
+        errno.ENODEV: Row(InvalidArgumentError, "{other} is no earlier state of {name}"),
         errno.EPIPE: _BROKEN_PIPE,
         errno.ECONNRESET: _BROKEN_PIPE,
         errno.EINTR: Row(UnavailableError, "sending {name} was interrupted"),

@@ -11,13 +11,14 @@ import fcntl
 import logging
 import os
 import select
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from agent_image.drivers.base import Readable
 from imaging.errors import MistifyError, UnavailableError, UnsupportedError, from_os_error
+from imaging.sendstream.reader import StreamReader
+from imaging.sendstream.records import HEADER_BYTES, Begin, HeaderType, parse
 from imaging.sendstream.state import VolumeState
 from imaging.sendstream.validator import Policy, StreamValidator
 
@@ -27,27 +28,32 @@ READ_BYTES = 256 << 10
 """Large enough for the checksum's arrays, small enough to keep the pipe busy while the next piece is checked."""
 STALL_TIMEOUT_S = 600.0
 """How long the kernel may take nothing: a transaction group of a badly overloaded pool takes tens of seconds."""
-HEADER_BYTES = 312
-FROMGUID_OFFSET = 48
 
 log = logging.getLogger(__name__)
 
 
 class PeekedSource:
-    """A source whose first bytes were looked at already."""
+    """A source whose first header was looked at already."""
 
     def __init__(self, source: Readable) -> None:
         self._source = source
         self._head = b""
 
     def fromguid(self) -> int:
-        """What the first header says it builds on, still unchecked; 0 if there is no whole header."""
+        """What the stream says it builds on; not covered by a checksum yet, but BadDataError if this is no stream at all."""
         while len(self._head) < HEADER_BYTES:
             data = self._source.read(HEADER_BYTES - len(self._head))
             if not data:
-                return 0
+                break
             self._head += data
-        return int(struct.unpack_from("<Q", self._head, FROMGUID_OFFSET)[0])
+        reader = StreamReader()
+        reader.feed(self._head)
+        if len(self._head) < HEADER_BYTES:
+            reader.finish()
+        begin = parse(self._head)
+        if not isinstance(begin, Begin) or begin.header_type == HeaderType.PACKAGE:
+            raise UnsupportedError("a package of streams cannot be received, only a single stream")
+        return begin.fromguid
 
     def read(self, size: int = -1, /) -> bytes:
         """Up to ``size`` bytes."""
@@ -63,11 +69,12 @@ def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], No
     Raises what is wrong with the source or the stream, else what ``receive`` raises.
     """
     validator = StreamValidator(base, Policy(base_known=True))
+    first = _first_bytes(source, validator)  # the kernel is not bothered with what is no stream
     with _pipe() as (read_end, write_end), ThreadPoolExecutor(1, thread_name_prefix="zfs-receive") as executor:
         receiving = executor.submit(_receive, receive, read_end)
         try:
             try:
-                _copy(source, validator, write_end)
+                _copy(first, source, validator, write_end)
             finally:
                 write_end.close()  # ends the kernel's wait, whatever happened
         except BrokenPipeError as err:
@@ -78,6 +85,14 @@ def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], No
             raise
         _result(receiving)
     return validator.summaries[-1].guid
+
+
+def _first_bytes(source: Readable, validator: StreamValidator) -> bytes:
+    while data := source.read(READ_BYTES):
+        passed = validator.feed(data)
+        if passed:
+            return passed
+    return validator.finish()
 
 
 def _receive(receive: Callable[[int], None], read_end: _End) -> None:
@@ -113,11 +128,10 @@ def _pipe() -> Iterator[tuple[_End, _End]]:
             end.close()
 
 
-def _copy(source: Readable, validator: StreamValidator, write_end: _End) -> None:
+def _copy(first: bytes, source: Readable, validator: StreamValidator, write_end: _End) -> None:
+    _write(write_end, first)
     while data := source.read(READ_BYTES):
         _write(write_end, validator.feed(data))
-        if validator.is_package:
-            raise UnsupportedError("a package of streams cannot be received, only a single stream")
     _write(write_end, validator.finish())
 
 

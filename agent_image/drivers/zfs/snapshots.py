@@ -57,7 +57,7 @@ class ZfsSnapshots(ZfsDatasets):
         """Make the dataset what the snapshot is; a device somebody has open would change under them, so that is refused."""
         info = self._find(name.dataset)
         if info.kind is DatasetKind.VOLUME:
-            self._wait_unheld(name.dataset, f"cannot roll back to {name}")
+            self._wait_unheld([name.dataset], f"cannot roll back to {name}")
         with self._lock:
             newer, bookmarks = self._newer(self.get_snapshot(name), destroy_newer=destroy_newer)
             if newer:

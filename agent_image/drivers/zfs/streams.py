@@ -42,9 +42,8 @@ class ZfsStreams(ZfsSnapshots):
 
     def send(self, name: SnapshotName, fd: int, *, base: str | None = None, flags: SendFlags = PLAIN) -> None:
         """Let the kernel write a stream to ``fd``; the snapshots it reads are held until it ends."""
-        if not os.get_blocking(fd):
-            raise InvalidArgumentError("a stream is sent to a blocking descriptor only")
         self.get_snapshot(name)
+        _check_blocking(fd)
         source = None if base is None else self._base_name(name, base)
         held = [name] if source is None or "#" in source else [name, SnapshotName.parse(source)]
         with self._held(held), _writable_by_kernel(fd) as target:
@@ -127,7 +126,7 @@ class ZfsStreams(ZfsSnapshots):
         self, target: SnapshotName, source: Readable, base: VolumeState, changes: Changes
     ) -> SnapshotInfo:
         """An increment onto an existing volume; the kernel shows the snapshot when it is whole."""
-        self._wait_unheld(target.dataset, f"cannot receive into {target.dataset}")
+        self._wait_unheld([target.dataset], f"cannot receive into {target.dataset}")
         guid = pour(source, base, lambda fd: self._lzc.receive(str(target), fd, origin=None, properties={}))
         with self._lock:
             self._learn(target.dataset, snapshots=True)
@@ -143,6 +142,8 @@ class ZfsStreams(ZfsSnapshots):
         origin: SnapshotName | None,
         changes: Changes,
     ) -> SnapshotInfo:
+        if target.dataset.parent is None or self._index.find(target.dataset.parent) is None:
+            raise NotFoundError(f"the parent of {target.dataset} does not exist")
         self._check_parent(target.dataset)
         temporary, mark = new_name(target.dataset, Purpose.RECEIVE)
         self._index.put(_placeholder(temporary, origin))
@@ -163,13 +164,6 @@ class ZfsStreams(ZfsSnapshots):
             self._discard(temporary, mark[MARK])
             raise
         return self._received(target, guid)
-
-    def _check_parent(self, name: DatasetName) -> None:
-        parent = None if name.parent is None else self._index.find(name.parent)
-        if parent is None:
-            raise NotFoundError(f"the parent of {name} does not exist")
-        if parent.kind is not DatasetKind.FILESYSTEM:
-            raise WrongKindError(f"the parent of {name} is not a filesystem")
 
     def _check_guid(self, name: SnapshotName, guid: int) -> None:
         """What arrived is what was sent, before anybody sees it."""
@@ -236,6 +230,15 @@ def _kernel_flags(flags: SendFlags) -> list[str]:
         "raw": flags.raw,
     }
     return [flag for flag, is_wanted in wanted.items() if is_wanted]
+
+
+def _check_blocking(fd: int) -> None:
+    try:
+        if os.get_blocking(fd):
+            return
+    except OSError as err:
+        raise InvalidArgumentError("not an open descriptor") from err
+    raise InvalidArgumentError("a stream is sent to a blocking descriptor only")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent_image.drivers.zfs import survey
 from agent_image.drivers.zfs.command import ENVIRONMENT, program
-from agent_image.drivers.zfs.devices import volume_of
+from agent_image.drivers.zfs.devices import SYS_BLOCK, volume_of
 from agent_image.drivers.zfs.events import EVERYTHING, Event, Look, look_for, parse
 from agent_image.drivers.zfs.index import PoolIndex
 from agent_image.drivers.zfs.lzc import Lzc
@@ -36,7 +36,6 @@ CLOCK_SLACK_S = 2
 """Events carry whole seconds."""
 GONE = frozenset({"sysevent.fs.zfs.pool_export", "sysevent.fs.zfs.pool_destroy"})
 BACK = frozenset({"sysevent.fs.zfs.pool_import", "sysevent.fs.zfs.pool_create"})
-SYS_BLOCK = Path("/sys/block")
 
 log = logging.getLogger(__name__)
 
