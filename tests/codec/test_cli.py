@@ -38,7 +38,7 @@ def fail(*args: object, stdin: bytes | None = None) -> str:
 
 
 def sample(name: str) -> Path:
-    return samples.directory() / samples.manifest()[name]["file"]
+    return samples.directory() / str(samples.manifest()[name]["file"])
 
 
 def digest(path: Path) -> str:
@@ -252,7 +252,7 @@ def test_apply_of_a_compressed_stream_that_is_damaged_fails(tmp_path: Path) -> N
 def test_program_pipes_a_stream_through(tmp_path: Path, raw: Path) -> None:
     """Real processes: make | apply, then a broken stream with its exit status and one line."""
     made = subprocess.run([*PROGRAM, "stream", "make", raw, "-o", "-"], capture_output=True, timeout=60, check=True)
-    args = [*PROGRAM, "stream", "apply", "-", tmp_path / "v", "--json"]
+    args = [*PROGRAM, "stream", "apply", "-", str(tmp_path / "v"), "--json"]
     told = subprocess.run(args, input=made.stdout, capture_output=True, timeout=60, check=True)
     assert json.loads(told.stdout)["sha256"] == digest(raw)
     args = [*PROGRAM, "stream", "verify", "-"]

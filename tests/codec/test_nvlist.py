@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -101,7 +102,7 @@ def test_decode_garbage_raises_bad_data(start: bytes, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("encode", [nvlist.encode_xdr, nvlist.encode_native])
-def test_decode_too_deep_nesting_is_refused(encode) -> None:
+def test_decode_too_deep_nesting_is_refused(encode: Callable[[nvlist.NvList], bytes]) -> None:
     values: nvlist.NvList = {}
     for _ in range(nvlist.NESTING_MAX):
         values = {"a": values}
@@ -116,13 +117,13 @@ def test_decode_array_that_claims_more_than_there_is_allocates_nothing() -> None
         nvlist.decode(b"\1\1\0\0" + struct.pack(">iI", 0, 1) + struct.pack(">II", len(body) + 8, 64) + body)
 
 
-def test_decode_too_many_pairs_is_refused(monkeypatch) -> None:
+def test_decode_too_many_pairs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvlist, "PAIRS_MAX", 10)
     with pytest.raises(BadDataError, match="more than 10 pairs"):
         nvlist.decode(nvlist.encode_xdr({str(index): index for index in range(11)}))
 
 
-def test_decode_list_above_the_size_limit_is_refused(monkeypatch) -> None:
+def test_decode_list_above_the_size_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvlist, "SIZE_MAX_BYTES", 100)
     with pytest.raises(BadDataError, match="larger than 100"):
         nvlist.decode(bytes(101))
@@ -144,7 +145,7 @@ def test_resume_position_is_read_from_a_real_stream() -> None:
 @settings(deadline=None)
 @given(st.tuples(*[numbers] * 5), st.sampled_from(["a/b@c", "pool/ü@s"]))
 def test_token_survives_its_text(values: tuple[int, ...], name: str) -> None:
-    token = ResumeToken(values[0], values[1], name, *values[2:], features=1 << 19 | 1 << 22)
+    token = ResumeToken(values[0], values[1], name, values[2], values[3], values[4], 1 << 19 | 1 << 22)
     assert ResumeToken.parse(token.encode()) == token
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -35,7 +36,7 @@ def read(pieces: list[bytes]) -> list[tuple[int, bytes, bytes, int, int]]:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(places), len(data)]
-    return [data[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+    return [data[low:high] for low, high in pairwise(edges)]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -82,7 +83,7 @@ def test_feed_with_bytes_after_the_end_is_refused(name: str) -> None:
 def test_truncation_anywhere_is_noticed(name: str) -> None:
     data = samples.load(name)
     for size in range(len(data)):
-        with pytest.raises(BadDataError, match="truncated|empty"):
+        with pytest.raises(BadDataError, match=r"truncated|empty"):
             read([data[:size]])
 
 
@@ -92,8 +93,13 @@ def test_truncation_at_record_edges_is_noticed(name: str) -> None:
     for frame in samples.frames(data):
         for size in {frame.offset, frame.offset + 1, frame.offset + 311, frame.offset + 312}:
             if size < len(data):
-                with pytest.raises(BadDataError, match="truncated|empty"):
+                with pytest.raises(BadDataError, match=r"truncated|empty"):
                     read([data[:size]])
+
+
+def verify_whole(validator: StreamValidator, data: bytes) -> None:
+    validator.verify(data)
+    validator.finish()
 
 
 def assert_noticed(data: bytes, bit: int) -> None:
@@ -101,8 +107,7 @@ def assert_noticed(data: bytes, bit: int) -> None:
     damaged[bit >> 3] ^= 1 << (bit & 7)
     validator = StreamValidator(policy=Policy(opaque=True))
     with pytest.raises(BadDataError):  # nothing else, whatever bit it is
-        validator.verify(bytes(damaged))
-        validator.finish()
+        verify_whole(validator, bytes(damaged))
 
 
 @pytest.mark.parametrize("name", ["gen-empty", "plain-inc-s2-s3-shrink"])

@@ -86,7 +86,7 @@ def test_apply_bad_sample_is_refused_with_the_stated_reason(name: str) -> None:
 def test_apply_opaque_sample_is_refused_by_name_but_verifies(name: str) -> None:
     with (
         samples.scratch() as fd,
-        pytest.raises(MistifyError, match="encrypted|redacted|filesystem|no stream of the volume"),
+        pytest.raises(MistifyError, match=r"encrypted|redacted|filesystem|no stream of the volume"),
     ):
         apply_stream(io.BytesIO(samples.load(name)), fd)
     validator = StreamValidator(policy=Policy(opaque=True))

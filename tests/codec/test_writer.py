@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from imaging.errors import InvalidArgumentError
+from imaging.sendstream import nvlist
 from imaging.sendstream.checksum import unpack_state
 from imaging.sendstream.package import PackagedDataset, package_end, package_head, packaged_datasets
 from imaging.sendstream.reader import Frame
@@ -31,7 +35,7 @@ def header(guid: int, block_bytes: int = 8192, name: str = "host/img@base", **mo
 
 
 @pytest.fixture(name="image")
-def _image(tmp_path):
+def _image(tmp_path: Path) -> Iterator[BinaryIO]:
     path = tmp_path / "a.raw"
     path.write_bytes(samples.raw_image())
     with path.open("rb") as file:
@@ -90,7 +94,7 @@ def test_write_of_many_records_at_once_equals_one_by_one() -> None:
         ("gen-zstd-16k", header(5006, 16384, compression=BlockCompression.ZSTD)),
     ],
 )
-def test_make_full_stream_equals_the_received_one(image, name: str, made: StreamHeader) -> None:
+def test_make_full_stream_equals_the_received_one(image: BinaryIO, name: str, made: StreamHeader) -> None:
     """lz4 and zstd are not byte-stable over library versions: there, what they decompress to is compared."""
     stream = b"".join(make_stream(image.fileno(), SIZE, made))
     if samples.manifest()[name]["byte_stable"]:
@@ -106,12 +110,12 @@ def read_all(fd: int) -> bytes:
         return file.read()
 
 
-def test_make_stream_of_odd_size_pads_to_a_block(image) -> None:
+def test_make_stream_of_odd_size_pads_to_a_block(image: BinaryIO) -> None:
     stream = b"".join(make_stream(image.fileno(), 5_000_001, header(5009, name="host/odd@base")))
     assert stream == samples.load("gen-odd-size-padded")
 
 
-def test_make_stream_of_nothing_but_a_hole_is_the_smallest_golden_file(tmp_path) -> None:
+def test_make_stream_of_nothing_but_a_hole_is_the_smallest_golden_file(tmp_path: Path) -> None:
     path = tmp_path / "e"
     with path.open("w+b") as file:
         file.truncate(8 << 20)
@@ -125,7 +129,7 @@ def test_make_stream_of_stored_zeros_equals_that_of_a_hole() -> None:
     assert b"".join(made) == samples.load("gen-empty")
 
 
-def test_make_increments_equal_the_received_ones(image) -> None:
+def test_make_increments_equal_the_received_ones(image: BinaryIO) -> None:
     with samples.scratch() as newer:
         samples.apply_chain(newer, ["gen-full-8k", "gen-inc-8k"])
         old, new = OlderImage(image.fileno(), SIZE), OlderImage(newer, 20 << 20)
@@ -137,9 +141,9 @@ def test_make_increments_equal_the_received_ones(image) -> None:
         assert b"".join(make_stream(image.fileno(), SIZE, shrunk, older=new)) == samples.load("gen-inc-8k-shrink")
 
 
-def test_make_package_equals_the_received_one(image) -> None:
+def test_make_package_equals_the_received_one(image: BinaryIO) -> None:
     stream = b"".join(make_stream(image.fileno(), SIZE, header(5008)))
-    properties = {"compression": 15, "org.mistify:id": "abc-1", "snapdev": 1}
+    properties: nvlist.NvList = {"compression": 15, "org.mistify:id": "abc-1", "snapdev": 1}
     dataset = PackagedDataset("host/img", properties=properties, snapshots={"base": 5008})
     made = package_head("host/img@base", 0x1390, dataset) + stream + package_end()
     assert made == samples.load("gen-props-package")
@@ -168,7 +172,7 @@ def test_make_stream_from_source_of_unknown_size_is_applied_alike() -> None:
         assert read_all(fd) == samples.raw_image()[:5_000_001] + bytes(5311)
 
 
-def test_pieces_are_of_moderate_size(image) -> None:
+def test_pieces_are_of_moderate_size(image: BinaryIO) -> None:
     sizes = [len(piece) for piece in make_stream(image.fileno(), SIZE, header(1))]
     assert max(sizes) < 3 << 20
 
@@ -186,11 +190,11 @@ def test_pieces_are_of_moderate_size(image) -> None:
         header(1, fromguid=5),
     ],
 )
-def test_make_stream_of_what_no_stream_can_say_is_refused(image, wrong: StreamHeader) -> None:
+def test_make_stream_of_what_no_stream_can_say_is_refused(image: BinaryIO, wrong: StreamHeader) -> None:
     with pytest.raises(InvalidArgumentError):
         b"".join(make_stream(image.fileno(), SIZE, wrong))
 
 
-def test_make_stream_of_an_empty_image_is_refused(image) -> None:
+def test_make_stream_of_an_empty_image_is_refused(image: BinaryIO) -> None:
     with pytest.raises(InvalidArgumentError, match="0 bytes"):
         b"".join(make_stream(image.fileno(), 0, header(1)))
