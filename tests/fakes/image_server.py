@@ -59,6 +59,7 @@ class FakeImageServer:
         """Bodies whose last byte was handed to the network, by path."""
         self.completed: Counter[str] = Counter()
         """Bodies that were read to the end: the client closed in good order. A client that dies with bytes unread resets."""
+        self._at_work = 0
         self.seen_headers: list[dict[str, str]] = []
         self.closing = threading.Event()
         self._http = _Server(("127.0.0.1", port), _Handler)
@@ -102,6 +103,16 @@ class FakeImageServer:
         """What is served under a path."""
         return self._served.get(path)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self._at_work == 0
+
+    def at_work(self, change: int) -> None:
+        """A request begins (1) or ends (-1)."""
+        with self._lock:
+            self._at_work += change
+
     def note(self, counter: Counter[str], path: str) -> None:
         """Count one."""
         with self._lock:
@@ -127,6 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         fake = self.server.fake
+        fake.at_work(1)
+        try:
+            self._answer(fake)
+        finally:
+            fake.at_work(-1)
+
+    def _answer(self, fake: FakeImageServer) -> None:
         self.close_connection = True
         fake.note(fake.requests, self.path)
         fake.seen_headers.append(dict(self.headers))

@@ -31,6 +31,7 @@ from imaging.errors import (
 from imaging.names import DatasetName, SnapshotName
 from tests.fakes.agent_world import MIB, World, disk, open_world
 from tests.fakes.image_server import FakeImageServer
+from tests.waiting import wait_until
 
 BODY = disk(7, 2 * MIB)
 
@@ -166,7 +167,7 @@ async def test_fetch_of_unknown_length_grows_the_volume(world: World, server: Fa
 
 
 @pytest.mark.parametrize("packed", [False, True])
-async def test_fetch_larger_than_the_pool_is_no_space(tmp_path: Path, server: FakeImageServer, packed: bool) -> None:
+async def test_fetch_larger_than_the_pool_is_no_space(tmp_path: Path, server: FakeImageServer, *, packed: bool) -> None:
     body = bytes(range(1, 256)) * 4112 * 16
     server.serve("img", gzip.compress(body, 1) if packed else body)
     async with open_world(tmp_path / "state", server, pool_bytes=8 * MIB) as world:
@@ -226,9 +227,7 @@ async def test_stop_parks_the_job_and_the_next_start_finishes_it(tmp_path: Path,
         pending = await world.store.request_image(FetchOrder.checked("img", kind="kvm"), wait=False)
         assert pending.status in {ImageStatus.PENDING, ImageStatus.DOWNLOADING}
         waiter = asyncio.ensure_future(fetch(world))
-        async with asyncio.timeout(60):
-            while not server.requests[server.path_of("img")]:
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: server.requests[server.path_of("img")], "the fetch to begin")
         await world.parts.fetches.stop()
         with pytest.raises(UnavailableError, match="goes on when it starts again"):
             await waiter
