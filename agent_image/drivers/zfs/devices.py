@@ -148,7 +148,7 @@ def _mounts(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 def _processes(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Processes end while we look, and some are not ours to see: those are left out."""
-    for process in sorted((int(name) for name in os.listdir("/proc") if name.isdigit())):  # noqa: PTH208 - see below
+    for process in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208 - see below
         with contextlib.suppress(OSError):
             # Hundreds of processes with dozens of files: pathlib would cost four times as much.
             targets = {os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")}  # noqa: PTH115, PTH208
