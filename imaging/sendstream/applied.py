@@ -51,7 +51,7 @@ class AppliedVolume:
     """One such volume."""
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))  # a rename must not replace a link by the volume
         self.sidecar = sidecar or path.with_name(path.name + SIDECAR_SUFFIX)
 
     def find(self) -> AppliedState | None:
@@ -91,7 +91,8 @@ class AppliedVolume:
         before = base.volume if base else None
         if self._is_device():
             return self._apply_in_place(source, base, dataset, limits)
-        with durable_file(self.path, replace=True) as fd:
+        mode = self.path.stat().st_mode & 0o777 if self.path.exists() else 0o644
+        with durable_file(self.path, mode=mode) as fd:
             if base is not None:
                 self._copy_to(fd)
             state = apply_stream(source, fd, before, dataset=dataset, limits=limits)

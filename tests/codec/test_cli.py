@@ -163,6 +163,16 @@ def test_apply_full_stream_onto_an_empty_file_succeeds(tmp_path: Path) -> None:
     assert succeed("apply", sample("gen-empty"), volume)
 
 
+def test_apply_through_a_link_keeps_link_and_mode(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").touch(mode=0o600)
+    (tmp_path / "v").symlink_to("elsewhere")
+    for name in ("plain-full-s1", "plain-inc-s1-s2"):
+        succeed("apply", sample(name), tmp_path / "v")
+    assert (tmp_path / "v").is_symlink()
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "v.stream.json").exists()
+
+
 def test_apply_finds_the_state_when_publishing_was_cut_off(tmp_path: Path) -> None:
     """A crash between the record and the rename leaves two states to choose from; the content decides."""
     volume, sidecar = tmp_path / "v", tmp_path / "v.stream.json"
