@@ -111,6 +111,8 @@ class Importer:
     def _forget_task(self, image_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(image_id) is task:
             del self._tasks[image_id]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("fetch ended badly; the next start goes on with it", exc_info=task.exception())
 
     async def cancel(self, image_id: str) -> None:
         """End the fetch of an image and wait until it has let go; none is fine."""

@@ -95,8 +95,8 @@ def _ranged(text: str, size: int) -> Plan | None:
 def headers_of(chosen: Plan, info: BlobInfo) -> dict[str, str]:
     """The headers that say what is sent."""
     headers = {
-        hdrs.ETAG: entity_tag(info.digest),
-        hdrs.ACCEPT_RANGES: "bytes",
+        "ETag": entity_tag(info.digest),
+        "Accept-Ranges": "bytes",
         DIGEST_HEADER: str(info.digest),
         "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(info.digest.hex)).decode()}:",
     }

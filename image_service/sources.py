@@ -32,6 +32,12 @@ SCHEMES = frozenset({"http", "https"})
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 """An IPv4 address in the last 32 bits, translated on the way: as public as that address is."""
 
+_LOCAL = tuple(
+    ipaddress.ip_network(text)
+    for text in ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "2001::/23", "3fff::/20", "5f00::/16", "fec0::/10")
+)
+"""Not public by IANA's registries, whatever version of :mod:`ipaddress` is asked."""
+
 
 def _embedded(address: Address) -> Address:
     """The IPv4 address inside an IPv6 one that stands for it, else the address itself."""
@@ -84,7 +90,9 @@ class SourcePolicy:
             return True
         if real.is_multicast or real.is_unspecified:
             return False
-        return self.private or real.is_global
+        return self.private or (
+            real.is_global and not any(real.version == local.version and real in local for local in _LOCAL)
+        )
 
     def check_address(self, host: str, address: str) -> None:
         """NotPermittedError if ``host`` leads to an address that may not be fetched from."""
