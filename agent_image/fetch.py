@@ -15,10 +15,11 @@ from typing import Any
 
 import msgspec
 
+from agent_image.drivers.base import Readable
 from agent_image.fetch_content import check_raw, decompressed, stream_snapshot
 from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
 from agent_image.fetch_pipe import ReadAhead, first_failure
-from agent_image.fetch_raw import RawWriter
+from agent_image.fetch_raw import stream_of_raw
 from agent_image.fetch_server import ImageServer, check_source
 from agent_image.guests_space import SpaceLedger
 from agent_image.store_images import PROPERTY_IMAGE, Images, mark, parse_image_id
@@ -171,13 +172,18 @@ class Fetcher:
             return snapshot
         check_raw(plain)
         with self._ledger.promise(0 if size_bytes is None else size_bytes) as promise:
-            writer = RawWriter(self._driver, incoming, self._limits.image_max_bytes, written=promise.taken)
-            writer.write(plain, size_bytes)
-        self._driver.snapshot(incoming @ RAW_SNAPSHOT)
+            stream = stream_of_raw(
+                plain,
+                f"{incoming}@{RAW_SNAPSHOT}",
+                size_bytes=size_bytes,
+                size_max_bytes=self._limits.image_max_bytes,
+                taken=promise.taken,
+            )
+            self._receive(stream, incoming, RAW_SNAPSHOT)
         return RAW_SNAPSHOT
 
-    def _receive(self, plain: ReadAhead, incoming: DatasetName, snapshot: str) -> None:
-        info = self._driver.receive(incoming @ snapshot, plain)
+    def _receive(self, stream: Readable, incoming: DatasetName, snapshot: str) -> None:
+        info = self._driver.receive(incoming @ snapshot, stream)
         if info.volsize_bytes is None:
             raise BadDataError("the image is the stream of a filesystem, not of a volume")
 
