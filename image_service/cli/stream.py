@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
+from typing import IO
 
 import click
 
@@ -217,8 +217,11 @@ class _Raw:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[_Raw]:
-        with os_errors(f"cannot open {path}"), path.open("rb") as file:
-            yield cls(file.fileno(), image_size(file.fileno()))
+        with ExitStack() as stack:
+            with os_errors(f"cannot open {path}"):
+                fd = stack.enter_context(path.open("rb")).fileno()
+                size = image_size(fd)
+            yield cls(fd, size)
 
     def guid(self, block_bytes: int) -> int:
         """The same for the same content, so that an increment fits the full stream of its older image."""
@@ -233,13 +236,20 @@ def _write(output: str, pieces: Iterator[bytes], compression: Compression) -> in
     """Write the stream; a file appears only when it is complete. How many bytes."""
     if compression is not Compression.NONE:
         pieces = compress_pieces(pieces, compression)
-    if output == "-":
-        return sum(sys.stdout.buffer.write(piece) for piece in pieces)
-    with durable_file(Path(output)) as fd, open(fd, "wb", buffering=0, closefd=False) as file:
+    path = Path(output)
+    with ExitStack() as stack:
+        if output == "-":
+            file: IO[bytes] = sys.stdout.buffer
+        elif path.exists() and not path.is_file():  # a pipe or device is written to, not replaced
+            with os_errors(f"cannot open {path}"):
+                file = stack.enter_context(path.open("wb", buffering=0))
+        else:
+            fd = stack.enter_context(durable_file(path))
+            file = stack.enter_context(open(fd, "wb", buffering=0, closefd=False))
         return sum(_write_piece(file, piece) for piece in pieces)
 
 
-def _write_piece(file: FileIO, piece: bytes) -> int:
+def _write_piece(file: IO[bytes], piece: bytes) -> int:
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from imaging.compression import Readable
 from imaging.digests import Digest
-from imaging.errors import AlreadyExistsError, BadDataError, ConflictError
+from imaging.errors import AlreadyExistsError, BadDataError, ConflictError, WrongKindError
 from imaging.files import atomic_write_json, copy_file, durable_file, os_errors, read_json
 from imaging.sendstream.image import hash_image
 from imaging.sendstream.receiving import apply_stream
@@ -85,6 +85,8 @@ class AppliedVolume:
 
         A full stream makes a new volume: AlreadyExistsError if there is one, unless ``replace`` allows to discard it.
         """
+        if self.path.exists() and not self.path.is_file() and not self._is_device():
+            raise WrongKindError(f"neither a file nor a block device: {self.path}")
         base = None if replace else self.find()
         if base is None and not replace and self._has_content():
             raise AlreadyExistsError(f"there is something that no stream made: {self.path}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_apply_full_stream_onto_something_needs_force(tmp_path: Path) -> None:
     assert volume.stat().st_size == 8 << 20
 
 
+def test_apply_onto_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for volume in (tmp_path, tmp_path / "pipe"):
+        assert "neither a file nor a block device" in fail("apply", sample("gen-empty"), volume, "--force")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_apply_full_stream_onto_an_empty_file_succeeds(tmp_path: Path) -> None:
     volume = tmp_path / "v"
     volume.touch()
@@ -241,6 +249,32 @@ def test_make_compressed_is_applied_alike(tmp_path: Path, raw: Path, outer: str,
     succeed("make", raw, "-o", tmp_path / "s", "--compress", outer, "--block-compression", inner)
     told = json.loads(succeed("apply", tmp_path / "s", tmp_path / "v", "--json"))
     assert (told["sha256"], told["volblocksize"]) == (digest(raw), 16384)
+
+
+def test_make_into_a_pipe_writes_to_it(tmp_path: Path, raw: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    args = [*PROGRAM, "stream", "make", str(raw), "-o", str(pipe)]
+    with subprocess.Popen(args, stdout=subprocess.PIPE) as program:
+        data = pipe.read_bytes()
+        assert program.wait(timeout=60) == 0
+    assert pipe.is_fifo()
+    succeed("verify", "-", stdin=data)
+
+
+def test_make_for_a_reader_that_goes_away_is_quiet(tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.write(b"x" * (4 << 20))
+    with subprocess.Popen(
+        [*PROGRAM, "stream", "make", str(big), "-o", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert len(program.stdout.read(10)) == 10
+        program.stdout.close()
+        assert program.stderr.read() == b""
+        assert program.wait(timeout=60) == 1
 
 
 def test_make_of_what_cannot_be_made_fails_and_leaves_nothing(tmp_path: Path, raw: Path) -> None:
