@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent_image.drivers.base import DatasetKind
+from agent_image.drivers.zfs import programs
 from agent_image.drivers.zfs.hidden import MARK, Purpose, new_name
 from agent_image.drivers.zfs.properties import Changes
 from agent_image.drivers.zfs.streams import ZfsStreams
@@ -17,8 +21,8 @@ from imaging.names import DatasetName, SnapshotName
 
 DEVICE_TIMEOUT_S = 10.0
 """What the contract promises; the link of a volume comes 35-400 ms after it, later when hundreds are made at once."""
+OPEN_POLL_S = 0.05
 BLKFLSBUF = 0x1261
-BLKROGET = 0x125E
 
 
 class ZfsDriver(ZfsStreams):
@@ -33,8 +37,17 @@ class ZfsDriver(ZfsStreams):
     def open_volume(self, name: DatasetName, *, writable: bool = False) -> Iterator[int]:
         """The volume's device. Not exclusively: a guest's disk may be read while the guest runs, and qemu claims nothing either."""
         path = self.device(name)
-        with _opened(path, name, writable=writable) as fd:
+        if writable:
+            self._refuse_readonly(name)
+        fd = _open_writable(path, name, self._device_busy_timeout_s) if writable else _open_readable(path, name)
+        with _closing(fd, durable=writable):
             yield fd
+
+    def _refuse_readonly(self, name: DatasetName) -> None:
+        """The kernel may still open a volume for writing that was made read-only while somebody had it open."""
+        entry = self._lzc.program(programs.READONLY, [str(name)]).get(str(name).encode(), {})
+        if entry.get(b"readonly") == b"on":
+            raise NotPermittedError(f"{name} is read-only")
 
     @contextlib.contextmanager
     def open_snapshot(self, name: SnapshotName) -> Iterator[int]:
@@ -47,7 +60,8 @@ class ZfsDriver(ZfsStreams):
             raise WrongKindError(f"{name} is not a snapshot of a volume")
         view = self._make_view(name)
         try:
-            with _opened(self._devices.wait(str(view), DEVICE_TIMEOUT_S), name, writable=False) as fd:
+            fd = _open_readable(self._devices.wait(str(view), DEVICE_TIMEOUT_S), name)
+            with _closing(fd, durable=False):
                 yield fd
         finally:
             self._destroy_temporary(view)
@@ -69,29 +83,34 @@ class ZfsDriver(ZfsStreams):
             return view
 
 
-@contextlib.contextmanager
-def _opened(path: Path, name: DatasetName | SnapshotName, *, writable: bool) -> Iterator[int]:
-    """The device; what was written is durable at the end. A reader starts without pages others may have left in the cache."""
+def _open_readable(path: Path, name: DatasetName | SnapshotName) -> int:
+    """A reader starts without pages others may have left in the cache."""
     try:
-        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as err:
         raise from_os_error(err, f"cannot open the device of {name}") from err
+    with contextlib.suppress(OSError):  # needs CAP_SYS_ADMIN; without, the cache is as it is
+        fcntl.ioctl(fd, BLKFLSBUF, 0)
+    return fd
+
+
+def _open_writable(path: Path, name: DatasetName, timeout_s: float) -> int:
+    """A volume that is no longer read-only opens as such until the last who has it open, udev as a rule, lets go."""
+    deadline, tick = time.monotonic() + timeout_s, threading.Event()
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as err:
+            if err.errno != errno.EROFS or time.monotonic() > deadline:
+                raise from_os_error(err, f"cannot open the device of {name}") from err
+        tick.wait(OPEN_POLL_S)
+
+
+@contextlib.contextmanager
+def _closing(fd: int, *, durable: bool) -> Iterator[None]:
     try:
-        if writable:
-            _refuse_readonly(fd, name)
-        else:
-            with contextlib.suppress(OSError):  # needs CAP_SYS_ADMIN; without, the cache is as it is
-                fcntl.ioctl(fd, BLKFLSBUF, 0)
-        yield fd
-        if writable:
+        yield
+        if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _refuse_readonly(fd: int, name: object) -> None:
-    """The kernel opens a read-only disk for writing and refuses the writes: say it at once."""
-    answer = bytearray(4)
-    fcntl.ioctl(fd, BLKROGET, answer)
-    if any(answer):
-        raise NotPermittedError(f"{name} is read-only")

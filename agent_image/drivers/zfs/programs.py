@@ -117,6 +117,16 @@ end
     + _LOOP
 )
 
+READONLY = (
+    """
+function one(name)
+  return {readonly = zfs.get_prop(name, "readonly")}
+end
+"""
+    + _LOOP
+)
+"""Whether a dataset is read-only, by its own or an inherited property."""
+
 SET_USER_PROPERTIES = """
 args = ...
 argv = args["argv"]
