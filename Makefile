@@ -5,13 +5,14 @@ PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 # One test process a core: more only wait for each other.
 TEST_WORKERS ?= $(shell nproc)
-# More words for pytest: make test PYTEST_ARGS="--without qemu -k pull"
+# More words for pytest, for a part of the tests: make test PYTEST_ARGS="tests/unit -k names"
 PYTEST_ARGS ?=
+WITHOUT ?=
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run check format test bench install clean
+.PHONY: help venv demo run check format test test-zfs bench install clean
 
 help: ## Print every target with what it does
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-10s%s\n", $$1, $$2}'
 
 venv: $(VENV)/.done ## Make .venv with everything, all extras (PYTHON=/path chooses the interpreter)
 $(VENV)/.done: setup.cfg pyproject.toml scripts/make-venv
@@ -35,9 +36,16 @@ format: venv ## Format the code and repair what ruff can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: venv ## Run every test, setting up what they need (PYTEST_ARGS="--without qemu" leaves a backend out)
+test: venv ## Run every test, setting up what they need (WITHOUT="zfs qemu" leaves backends out, by name)
 	@scripts/ensure-packages qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd
-	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/test_zfs_*.py' \
+		$(addprefix --without ,$(WITHOUT)) $(PYTEST_ARGS)
+ifeq ($(filter zfs,$(WITHOUT))$(PYTEST_ARGS),)
+	$(MAKE) --no-print-directory test-zfs
+endif
+
+test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine where this one has none (root)
+	VENV=$(VENV) tests/lab/test-zfs
 
 bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md
 	$(VENV)/bin/python -m bench
