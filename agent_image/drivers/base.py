@@ -19,9 +19,10 @@ Rules.
 * Names are DatasetName/SnapshotName of this pool; another pool's raises InvalidNameError. Nothing leaves the pool.
 * Calls block; they may come from several threads. The driver serializes what must be.
 
-Errors: NotFoundError, AlreadyExistsError, BusyError, WrongKindError, InvalidNameError, InvalidArgumentError (sizes), ConflictError
-(receive: the base is missing or changed), BadDataError (stream), NoSpaceError (pool or quota), UnsupportedError (a feature this driver
-or pool lacks), UnavailableError (pool suspended or exported).
+Errors: NotFoundError, AlreadyExistsError, BusyError, WrongKindError (also: something below a volume, a quota of a volume),
+InvalidNameError, InvalidArgumentError (sizes, properties, the root of the pool, a base that is not older), ConflictError (receive: the
+base is missing or changed), BadDataError (stream), NoSpaceError (pool or quota), NotPermittedError (a read-only volume opened to write),
+UnsupportedError (a feature this driver or pool lacks), UnavailableError (pool suspended, exported or not open).
 
 Life: construct, ``open`` (locks the pool; BusyError if another process has it), use, ``close``.
 """
@@ -172,7 +173,7 @@ class StorageDriver(Protocol):
         """A writable dataset that starts as ``snapshot``; shares its blocks."""
 
     def resize(self, name: DatasetName, size_bytes: int) -> DatasetInfo:
-        """Change a volume's size (rounded up to the block size); shrinking discards the tail."""
+        """Change a volume's size (rounded up to the block size); shrinking discards the tail. A thick volume stays thick."""
 
     def rename(self, name: DatasetName, target: DatasetName) -> None:
         """Rename a dataset with everything below and its snapshots; atomic."""
@@ -187,20 +188,32 @@ class StorageDriver(Protocol):
         """
 
     def set_properties(self, name: DatasetName, properties: Mapping[str, str | None]) -> None:
-        """Set (or with None remove) user properties, ``readonly`` (on/off) and ``quota`` (bytes or none) in one change."""
+        """Set (or with None remove) user properties, ``readonly`` (on/off) and ``quota`` (bytes or none) in one change.
+
+        ``readonly`` is inherited by what is below and has no value of its own. A quota less than what is used: NoSpaceError.
+        """
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
     def snapshot(self, name: SnapshotName, *, recursive: bool = False) -> Sequence[SnapshotInfo]:
-        """Take a snapshot (of everything below too); what was made, in list order."""
+        """Take a snapshot (of everything below too); what was made, in list order.
+
+        A driver that cannot take volumes at one instant while they are written to raises BusyError instead.
+        """
 
     def destroy_snapshot(
         self, name: SnapshotName, *, recursive: bool = False, defer: bool = False
     ) -> Sequence[SnapshotName]:
-        """Destroy a snapshot (and those of that name below); what was destroyed. ``defer``: as soon as nothing needs it."""
+        """Destroy a snapshot (and those of that name below); what was destroyed.
+
+        ``defer``: as soon as nothing needs it; what has to wait stays visible and is not in the answer.
+        """
 
     def rollback(self, name: SnapshotName, *, destroy_newer: bool = False) -> None:
-        """Make the dataset what the snapshot is. Newer snapshots: BusyError names them, or destroyed on demand."""
+        """Make the dataset what the snapshot is. Newer snapshots and bookmarks: BusyError names them, or destroyed on demand.
+
+        A driver may refuse (BusyError) while the volume is open.
+        """
 
     def hold(self, name: SnapshotName, tag: str) -> None:
         """Keep a snapshot from being destroyed; AlreadyExistsError if the tag is there."""
@@ -229,7 +242,8 @@ class StorageDriver(Protocol):
         """Write a send stream to a blocking descriptor; the snapshot is held meanwhile.
 
         ``base``: a snapshot or bookmark part (``s0``, ``#b0``) of the same dataset, or a full snapshot name (the origin
-        of a clone). UnavailableError if the reader goes away.
+        of a clone). It must be one the snapshot grew out of (InvalidArgumentError). UnavailableError if the reader goes away.
+        UnsupportedError if a bookmark's snapshot is gone and the driver cannot do without its bytes.
         """
 
     def receive(
@@ -243,6 +257,8 @@ class StorageDriver(Protocol):
         """Receive a volume stream as ``target``.
 
         A full stream makes the dataset (as a clone if ``origin`` is given), an incremental one adds a snapshot to it, or with
-        ``origin`` makes a new clone. ConflictError names the guid that is wanted if the base does not fit. The source is read to its
-        end: bytes after END are BadDataError.
+        ``origin`` makes a new clone. ConflictError names the guid that is wanted if the base does not fit: the target is absent, its
+        newest snapshot is another one, or it was written to since. A full stream onto what exists: AlreadyExistsError. The snapshot's
+        name is the target's, not the stream's; ``properties`` are set on the dataset. The source is read to its end: bytes after END are
+        BadDataError.
         """
