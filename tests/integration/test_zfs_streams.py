@@ -160,6 +160,24 @@ def test_real_stream_is_received_with_its_contents(driver: ZfsDriver, place: Dat
     assert digest(driver, place / "v") == wanted["sha256"]
 
 
+@pytest.mark.parametrize("name", ["b512-p", "gen-props-package"])
+def test_package_of_one_stream_is_received_without_its_wrapping(
+    driver: ZfsDriver, place: DatasetName, name: str
+) -> None:
+    receive(driver, (place / "v") @ "s", samples.load(name))
+    wanted = samples.manifest()[name]["result"]
+    assert driver.get_snapshot((place / "v") @ "s").guid == int(wanted["guid"])
+    assert digest(driver, place / "v") == wanted["sha256"]
+    assert "readonly" not in driver.get(place / "v").properties
+
+
+def test_package_of_several_streams_is_refused_whole(driver: ZfsDriver, place: DatasetName) -> None:
+    (base,) = receive_chain(driver, place / "v", ["plain-full-s1"])
+    with pytest.raises(UnsupportedError, match="several streams"):
+        receive(driver, (place / "v") @ "s3", samples.load("plain-I-s1-s3-package"))
+    assert there(place) == [str(place), f"{place}/v", str(base)]
+
+
 def test_increment_of_a_clone_is_received_onto_its_origin(driver: ZfsDriver, place: DatasetName) -> None:
     receive(driver, (place / "v") @ "s1", samples.load("plain-full-s1"))
     wrong = receive(driver, (place / "w") @ "s1", samples.load("gen-full-8k")).name

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import select
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from agent_image.drivers.base import Readable
-from imaging.errors import MistifyError, UnavailableError, UnsupportedError, from_os_error
+from imaging.errors import BadDataError, MistifyError, UnavailableError, UnsupportedError, from_os_error
 from imaging.sendstream.reader import StreamReader
-from imaging.sendstream.records import HEADER_BYTES, Begin, HeaderType, parse
+from imaging.sendstream.records import HEADER_BYTES, Begin, HeaderType, RecordType, parse, payload_size
 from imaging.sendstream.state import VolumeState
 from imaging.sendstream.validator import Policy, StreamValidator
 
@@ -26,6 +28,8 @@ PIPE_BYTES = 1 << 20
 """What an unprivileged process may ask for; the kernel's default of 64 KiB costs a switch per record."""
 READ_BYTES = 256 << 10
 """Large enough for the checksum's arrays, small enough to keep the pipe busy while the next piece is checked."""
+PACKAGE_LIST_MAX_BYTES = 16 << 20
+"""The list of a package of one volume has some hundred bytes a snapshot."""
 STALL_TIMEOUT_S = 600.0
 """How long the kernel may take nothing: a transaction group of a badly overloaded pool takes tens of seconds."""
 
@@ -41,19 +45,29 @@ class PeekedSource:
 
     def fromguid(self) -> int:
         """What the stream says it builds on; not covered by a checksum yet, but BadDataError if this is no stream at all."""
-        while len(self._head) < HEADER_BYTES:
-            data = self._source.read(HEADER_BYTES - len(self._head))
+        begin = self._begin(0)
+        if begin.header_type == HeaderType.PACKAGE:  # its list, its END, then the BEGIN of the first stream
+            size = payload_size(RecordType.BEGIN, self._head)
+            if size > PACKAGE_LIST_MAX_BYTES:
+                raise UnsupportedError(f"the list of the package has {size} bytes, more than {PACKAGE_LIST_MAX_BYTES}")
+            begin = self._begin(2 * HEADER_BYTES + size)
+        return begin.fromguid
+
+    def _begin(self, offset: int) -> Begin:
+        end = offset + HEADER_BYTES
+        while len(self._head) < end:
+            data = self._source.read(end - len(self._head))
             if not data:
                 break
             self._head += data
         reader = StreamReader()
         reader.feed(self._head)
-        if len(self._head) < HEADER_BYTES:
+        if len(self._head) < end:
             reader.finish()
-        begin = parse(self._head)
-        if not isinstance(begin, Begin) or begin.header_type == HeaderType.PACKAGE:
-            raise UnsupportedError("a package of streams cannot be received, only a single stream")
-        return begin.fromguid
+        begin = parse(self._head[offset:end])
+        if not isinstance(begin, Begin):
+            raise BadDataError(f"no stream begins at byte {offset}")
+        return begin
 
     def read(self, size: int = -1, /) -> bytes:
         """Up to ``size`` bytes."""
@@ -63,18 +77,74 @@ class PeekedSource:
         return self._source.read(size)
 
 
+class _Checked:
+    """The bytes of a source that may pass, piece by piece. Of a package, its one stream: the kernel takes only those."""
+
+    def __init__(self, source: Readable, base: VolumeState | None) -> None:
+        self._source = source
+        self._validator = StreamValidator(base, Policy(base_known=True))
+        self._streams = 0
+        self._end = b""
+        self._inside = False
+
+    def pieces(self) -> Iterator[bytes]:
+        while data := self._source.read(READ_BYTES):
+            piece = self._unwrapped(self._validator.feed(data))
+            if piece:
+                yield piece
+        piece = self._unwrapped(self._validator.finish())
+        yield piece + self._end
+
+    @property
+    def guid(self) -> int:
+        """Of the snapshot that was sent; after the last piece."""
+        return self._validator.summaries[-1].guid
+
+    def _unwrapped(self, records: bytes) -> bytes:
+        """Whole records of a package without its wrapping; the stream's END waits for the package's."""
+        if not self._validator.is_package:
+            return records
+        out, position = [], 0
+        while position < len(records):
+            record_type = int.from_bytes(records[position : position + 4], "little")
+            size = HEADER_BYTES + payload_size(record_type, records, position)
+            out.append(self._take(record_type, records[position : position + size]))
+            position += size
+        return b"".join(out)
+
+    def _take(self, record_type: int, record: bytes) -> bytes:
+        if record_type == RecordType.BEGIN:
+            return self._take_begin(record)
+        if record_type != RecordType.END:
+            return record
+        if self._inside:
+            self._inside, self._end = False, record
+        return b""
+
+    def _take_begin(self, record: bytes) -> bytes:
+        begin = parse(record[:HEADER_BYTES])
+        if isinstance(begin, Begin) and begin.header_type == HeaderType.PACKAGE:
+            return b""
+        if self._streams:
+            raise UnsupportedError("a package of several streams cannot be received, only one stream at a time")
+        self._streams, self._inside = 1, True
+        return record
+
+
 def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], None]) -> int:
     """Validate ``source`` and give what may pass to ``receive``, which is called in a thread with a pipe; the stream's guid.
 
     Raises what is wrong with the source or the stream, else what ``receive`` raises.
     """
-    validator = StreamValidator(base, Policy(base_known=True))
-    first = _first_bytes(source, validator)  # the kernel is not bothered with what is no stream
-    with _pipe() as (read_end, write_end), ThreadPoolExecutor(1, thread_name_prefix="zfs-receive") as executor:
-        receiving = executor.submit(_receive, receive, read_end)
+    checked = _Checked(source, base)
+    pieces = checked.pieces()
+    first = next(pieces)  # the kernel is not bothered with what is no stream
+    with _pipe() as (read_end, write_end):
+        receiving = _start(receive, read_end)
         try:
             try:
-                _copy(first, source, validator, write_end)
+                for piece in itertools.chain([first], pieces):
+                    _write(write_end, piece)
             finally:
                 write_end.close()  # ends the kernel's wait, whatever happened
         except BrokenPipeError as err:
@@ -84,22 +154,27 @@ def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], No
             _wait_for_refusal(receiving)
             raise
         _result(receiving)
-    return validator.summaries[-1].guid
+    return checked.guid
 
 
-def _first_bytes(source: Readable, validator: StreamValidator) -> bytes:
-    while data := source.read(READ_BYTES):
-        passed = validator.feed(data)
-        if passed:
-            return passed
-    return validator.finish()
+def _start(receive: Callable[[int], None], read_end: _End) -> Future[None]:
+    """Run ``receive`` in a thread that nobody has to wait for: a pool that hangs must not hang its caller for ever."""
+    future: Future[None] = Future()
 
-
-def _receive(receive: Callable[[int], None], read_end: _End) -> None:
-    try:
-        receive(read_end.fd)
-    finally:
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            receive(read_end.fd)
+        except BaseException as err:  # noqa: BLE001 - it travels to the caller
+            error = err
         read_end.close()  # a writer that still writes learns that nobody reads
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="zfs-receive", daemon=True).start()
+    return future
 
 
 class _End:
@@ -126,13 +201,6 @@ def _pipe() -> Iterator[tuple[_End, _End]]:
     finally:
         for end in ends:
             end.close()
-
-
-def _copy(first: bytes, source: Readable, validator: StreamValidator, write_end: _End) -> None:
-    _write(write_end, first)
-    while data := source.read(READ_BYTES):
-        _write(write_end, validator.feed(data))
-    _write(write_end, validator.finish())
 
 
 def _write(write_end: _End, data: bytes) -> None:
