@@ -30,7 +30,7 @@ from agent_image.store_snapshots import Snapshots
 from agent_image.store_volumes import Volumes
 from agent_image.web import PATH, SnapshotDownloads
 from agent_image.workers import FetchPool
-from imaging.errors import from_os_error
+from imaging.errors import MistifyError, from_os_error
 from imaging.kv.base import KeyValue
 from imaging.kv.sqlite import SqliteKeyValue
 from imaging.threads import Offload
@@ -46,6 +46,9 @@ TABLE_NAME = "agent.db"
 
 QUEUE_LOOK_S = 5.0
 """How often the gauge of pending jobs is brought up to date."""
+
+TIDY_S = 60.0
+"""How often old results are forgotten, and deleted images whose device was still open are tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,7 @@ async def create_agent(settings: AgentSettings, server: ServerSettings) -> web.A
         downloads = SnapshotDownloads(parts.store, driver, count=metrics.sent)
         stack.callback(downloads.close)
         app = _application(server, parts, downloads, metrics)
-        watcher = asyncio.create_task(_watch_queue(parts.fetches, metrics))
+        watcher = asyncio.create_task(_look_after(parts, metrics))
         stack.callback(watcher.cancel)
     except BaseException:
         await stack.aclose()
@@ -166,7 +169,16 @@ def _fetchers_check(fetches: FetchPool) -> ReadyCheck:
     return check
 
 
-async def _watch_queue(fetches: FetchPool, metrics: AgentMetrics) -> None:
+async def _look_after(parts: AgentParts, metrics: AgentMetrics) -> None:
+    """Keep the gauge of the queue up to date, and tidy up now and then."""
+    loop = asyncio.get_running_loop()
+    tidy_at_s = loop.time() + TIDY_S
     while True:
-        metrics.pending.set(await fetches.pending_count())
+        try:
+            metrics.pending.set(await parts.fetches.pending_count())
+            if loop.time() >= tidy_at_s:
+                tidy_at_s = loop.time() + TIDY_S
+                await parts.store.tidy()
+        except MistifyError:
+            log.exception("can't look after the queue; will try again")
         await asyncio.sleep(QUEUE_LOOK_S)

@@ -13,7 +13,7 @@ from imaging.errors import MistifyError
 PIECE_BYTES = 1 << 20
 """What a stage asks its source for."""
 
-AHEAD_MAX_BYTES = 8 << 20
+AHEAD_MAX_BYTES = 4 << 20
 """What a stage may hold that nobody has taken yet. Two stages a fetch and a few fetches at once stay far below 150 MiB."""
 
 JOIN_TIMEOUT_S = 120.0

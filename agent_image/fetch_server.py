@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 from collections.abc import Callable
 from urllib.parse import urljoin, urlsplit
 
@@ -25,6 +26,8 @@ SRV_TIMEOUT_S = 5.0
 
 SOURCE_MAX_CHARS = 4096
 """What web servers take as a request line, about."""
+
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+\Z")
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ def _split_address(scheme: str, rest: str, whole: str) -> tuple[str, int | None]
         host, port = parts.hostname, parts.port
     except ValueError as err:
         raise InvalidArgumentError(f"not the address of an image service: {whole!r}") from err
-    if not host or parts.path or parts.query or parts.username:
+    if not host or not _HOST.match(host) or parts.path or parts.query or parts.username:
         raise InvalidArgumentError(f"the image service must be HOST, HOST:PORT or an http URL: {whole!r}")
     return (f"[{host}]" if ":" in host else host), port
 

@@ -25,11 +25,12 @@ _META_PREFIX = "meta/"
 
 
 class ImageStatus(StrEnum):
-    """Where an image is on its way; only ``complete`` ones have a record."""
+    """Where an image is on its way; only ``complete`` ones have a record, ``error`` is a fetch that was given up lately."""
 
     PENDING = "pending"
     DOWNLOADING = "downloading"
     COMPLETE = "complete"
+    ERROR = "error"
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from agent_image.store_pool import Pool, Snapshot, Volume
 from agent_image.store_snapshots import Snapshots
 from agent_image.store_volumes import Volumes
 from agent_image.workers import FetchPool
-from imaging.errors import NotFoundError, NotPermittedError
+from imaging.errors import ConflictError, NotFoundError, NotPermittedError
 from imaging.names import SnapshotName
 
 T = TypeVar("T")
@@ -29,6 +29,14 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+def _as_ordered(record: ImageRecord, order: FetchOrder) -> ImageRecord:
+    """The image, unless the caller named another content: it may be here already, or its fetch be shared with others."""
+    ours, wanted = record.digest.partition(":"), order.digest.partition(":")
+    if ours[0] == wanted[0] and ours != wanted:
+        raise ConflictError(f"image {record.id} is {record.digest}, not {order.digest}")
+    return record
 
 
 class ImageStore:
@@ -55,6 +63,11 @@ class ImageStore:
         await self._images.reconcile(unfinished)
         self._fetches.start()
 
+    async def tidy(self) -> None:
+        """Now and then: forget old results, destroy deleted images that have become free."""
+        await self._fetches.forget_results()
+        await self._images.destroyed([])
+
     # -- images ------------------------------------------------------------------------------------------------------
 
     async def list_images(self, *, pending: bool = False) -> Sequence[ImageRecord]:
@@ -66,10 +79,10 @@ class ImageStore:
         return [*records, *(one for one in await self._fetches.list_pending() if one.id not in complete)]
 
     async def get_image(self, image_id: str, *, pending: bool = False) -> ImageRecord:
-        """One image; ``not found``."""
+        """One image; ``not found``. With ``pending`` also one on its way, or why its last fetch was given up."""
         record = self._images.records.find(image_id)
         if record is None and pending and is_image_id(image_id):
-            record = await self._fetches.find_pending(image_id)
+            record = await self._fetches.find_pending(image_id) or await self._fetches.find_failed(image_id)
         if record is None:
             raise NotFoundError("not found")
         return record
@@ -78,10 +91,10 @@ class ImageStore:
         """Have an image: at once if it is here, else when it was fetched; without ``wait`` what is known now."""
         record = self._images.records.find(order.id)
         if record is not None:
-            return record
+            return _as_ordered(record, order)
         job = await self._fetches.submit(order)
         if wait:
-            return await self._fetches.wait(job)
+            return _as_ordered(await self._fetches.wait(job), order)
         # It may be complete already; find_pending is None then.
         pending = await self._fetches.find_pending(order.id)
         return pending or await self._fetches.wait(job)

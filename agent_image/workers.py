@@ -192,6 +192,19 @@ class FetchPool:
             return None
         return self._as_record(job)
 
+    async def find_failed(self, image_id: str) -> ImageRecord | None:
+        """The last fetch of an image if it was given up and its result is still kept; None if there was none or it was cancelled."""
+        job = await self._queue_threads(self._queue.find, FetchOrder(id=image_id).key)
+        if job is None or job.state is not JobState.FAILED or job.result.get("code") == _CODE_CANCELLED:
+            return None
+        order = _order(job)
+        facts = job.progress | {"stage": ImageStatus.ERROR.value, "message": str(job.result.get("message", ""))}
+        return ImageRecord(id=order.id, type=order.type, source=order.source, status=ImageStatus.ERROR, progress=facts)
+
+    async def forget_results(self) -> int:
+        """Drop results that nobody may come back for any more; how many."""
+        return await self._queue_threads(self._queue.prune, now_s=self._clock())
+
     async def pending_count(self) -> int:
         """Accepted jobs that are not finished."""
         return len(await self._queue_threads(self._queue.list, JobState.CLAIMED, JobState.WAITING))

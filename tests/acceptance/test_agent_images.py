@@ -116,6 +116,8 @@ def test_request_image_server_says_no_is_told_in_known_words(agent: Agent, image
     expected = f"unexpected http response code: expected 200, received 404, url: {url}"
     assert agent.error("RequestImage", id="absent") == expected
     assert agent.error("GetImage", id="absent") == "not found"
+    failed = agent.call("GetImage", id="absent", pending=True)["images"][0]
+    assert (failed["status"], failed["progress"]["message"]) == ("error", expected)
 
 
 def test_request_image_expected_digest_is_verified(agent: Agent, image_server: FakeImageServer) -> None:
@@ -126,6 +128,7 @@ def test_request_image_expected_digest_is_verified(agent: Agent, image_server: F
     assert agent.error("GetImage", id="digest") == "not found"
     right = f"sha256:{hashlib.sha256(body).hexdigest()}"
     assert agent.call("RequestImage", id="digest", digest=right)["images"][0]["digest"] == right
+    assert "not sha256:00" in agent.error("RequestImage", id="digest", digest=f"sha256:{'0' * 64}")
 
 
 @pytest.mark.parametrize(
