@@ -33,6 +33,7 @@ from tests.contracts.storage_driver_tools import read_all, stream_of
 from tests.waiting import wait_until
 
 POOL = PoolName.parse("tank")
+CHECKOUT = Path(__file__).parents[2]
 ROUNDS = 60
 OUTSIDE_KILLS = 12
 STEPS_MAX = 220
@@ -219,7 +220,7 @@ class Rounds:
         """Start a child, let it die (or kill it after so many lines of its log), and check what it left."""
         self.log_path.write_bytes(b"")
         arguments = [str(self.state_dir), str(self.log_path), str(self.seed + number), str(kill_at)]
-        process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stderr=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], stderr=subprocess.PIPE, cwd=CHECKOUT)
         try:
             if lines is not None:
                 wait_until(
@@ -332,7 +333,7 @@ def test_pool_in_use_by_another_process_is_busy_until_it_dies(tmp_path: Path) ->
     log = tmp_path / "log"
     log.write_bytes(b"")
     arguments = [str(tmp_path / "state"), str(log), "1", "0"]
-    process = subprocess.Popen([sys.executable, "-m", __name__, *arguments])
+    process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], cwd=CHECKOUT)
     try:
         wait_until(lambda: log.read_bytes() or process.poll() is not None, "the child at work")
         with pytest.raises(MistifyError) as caught:
