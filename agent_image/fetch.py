@@ -115,7 +115,10 @@ class Fetcher:
 
     def _download(self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress) -> None:
         url = self._server.url(order.id, order.source)
-        with HttpBody(url, self._limits, cancel, self._server.headers_for(url)) as body:
+        with ExitStack() as stack:
+            body = stack.enter_context(HttpBody(url, self._limits, cancel, self._server.headers_for(url)))
+            # What is announced must fit now. Zeros and packed data make it more or less; the pool itself has the last word.
+            promise = stack.enter_context(self._ledger.promise(body.expected_bytes or 0))
             progress.received_bytes, progress.expected_bytes = 0, body.expected_bytes
             wanted = Digest.parse(order.digest) if order.digest else None
             hasher = MultiHasher({"sha256", wanted.algorithm if wanted is not None else "sha256"})
@@ -123,6 +126,7 @@ class Fetcher:
             def watch(piece: bytes) -> None:
                 hasher.update(piece)
                 progress.received_bytes = hasher.size_bytes
+                promise.taken(len(piece))
                 self._count_bytes(len(piece))
 
             snapshot = self._store(body, incoming, watch)
@@ -171,15 +175,13 @@ class Fetcher:
             self._receive(plain, incoming, snapshot)
             return snapshot
         check_raw(plain)
-        with self._ledger.promise(0 if size_bytes is None else size_bytes) as promise:
-            stream = stream_of_raw(
-                plain,
-                f"{incoming}@{RAW_SNAPSHOT}",
-                size_bytes=size_bytes,
-                size_max_bytes=self._limits.image_max_bytes,
-                taken=promise.taken,
-            )
-            self._receive(stream, incoming, RAW_SNAPSHOT)
+        stream = stream_of_raw(
+            plain,
+            f"{incoming}@{RAW_SNAPSHOT}",
+            size_bytes=size_bytes,
+            size_max_bytes=self._limits.image_max_bytes,
+        )
+        self._receive(stream, incoming, RAW_SNAPSHOT)
         return RAW_SNAPSHOT
 
     def _receive(self, stream: Readable, incoming: DatasetName, snapshot: str) -> None:

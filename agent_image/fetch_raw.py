@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from agent_image.drivers.base import Readable
 from imaging.errors import TooLargeError
@@ -22,10 +22,9 @@ VOLBLOCKSIZE_BYTES = 16 << 10
 class _Metered:
     """A source that is told off when it gives too much."""
 
-    def __init__(self, source: Readable, size_max_bytes: int, taken: Callable[[int], None]) -> None:
+    def __init__(self, source: Readable, size_max_bytes: int) -> None:
         self._source = source
         self._size_max_bytes = size_max_bytes
-        self._taken = taken
         self._size_bytes = 0
 
     def read(self, size: int = -1, /) -> bytes:
@@ -34,7 +33,6 @@ class _Metered:
         self._size_bytes += len(piece)
         if self._size_bytes > self._size_max_bytes:
             raise TooLargeError(f"the image is larger than {self._size_max_bytes} bytes")
-        self._taken(len(piece))
         return piece
 
 
@@ -61,10 +59,8 @@ class _Pieces:
         return data
 
 
-def stream_of_raw(
-    source: Readable, toname: str, *, size_bytes: int | None, size_max_bytes: int, taken: Callable[[int], None]
-) -> Readable:
-    """The volume stream of a raw disk read from ``source``; ``taken`` is told of each piece. TooLargeError, BadDataError if empty."""
+def stream_of_raw(source: Readable, toname: str, *, size_bytes: int | None, size_max_bytes: int) -> Readable:
+    """The volume stream of a raw disk read from ``source``. TooLargeError; BadDataError if it is empty or not of its size."""
     if size_bytes is not None and size_bytes > size_max_bytes:
         raise TooLargeError(f"the image is larger than {size_max_bytes} bytes")
     header = StreamHeader(
@@ -73,5 +69,5 @@ def stream_of_raw(
         volblocksize_bytes=VOLBLOCKSIZE_BYTES,
         creation_s=int(time.time()),
     )
-    metered = _Metered(source, size_max_bytes, taken)
+    metered = _Metered(source, size_max_bytes)
     return _Pieces(make_stream_from(metered, header, size_bytes=size_bytes))
