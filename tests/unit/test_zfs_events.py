@@ -93,6 +93,9 @@ def names(*texts: str) -> tuple[DatasetName, ...]:
     return tuple(DatasetName.parse(text) for text in texts)
 
 
+MOVE = (DatasetName.parse("tank/v"), DatasetName.parse("tank/w"))
+
+
 @pytest.mark.parametrize(
     ("foreign", "look"),
     [
@@ -104,7 +107,7 @@ def names(*texts: str) -> tuple[DatasetName, ...]:
         (event("tank/v/%rollback", "clone swap", "parent=v"), Look(datasets=names("tank/v"))),
         (event("tank/v@new", "snapshot", txg=30), Look(snapshots=(SnapshotName.parse("tank/v@new"),))),
         (event("tank/v@s", "destroy"), Look(snapshots=(SnapshotName.parse("tank/v@s"),))),
-        (event("tank/v", "rename", "-> tank/w"), Look(datasets=names("tank/v"), trees=names("tank/w"))),
+        (event("tank/v", "rename", "-> tank/w"), Look(moves=(MOVE,))),
         (event("tank/.mistify-receive-0123456789abcdef", "rename", "-> tank/w"), Look(trees=names("tank/w"))),
         (event("tank/c", "promote"), EVERYTHING),
         (Event("dropped"), EVERYTHING),

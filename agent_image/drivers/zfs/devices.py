@@ -79,7 +79,8 @@ class Devices:
     def _nodes(self) -> list[str]:
         """Device nodes there are; forgets what was known of others, as their numbers are used again."""
         nodes = [entry.name for entry in os.scandir(self._devices) if DEVICE_NAME.match(entry.name)]
-        self._asked = {node: name for node, name in self._asked.items() if node in set(nodes)}
+        for gone in self._asked.keys() - set(nodes):
+            del self._asked[gone]
         return nodes
 
     def _ask(self, node: str) -> str | None:

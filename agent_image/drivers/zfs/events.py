@@ -43,6 +43,7 @@ class Look:
     datasets: tuple[DatasetName, ...] = ()
     snapshots: tuple[SnapshotName, ...] = ()
     trees: tuple[DatasetName, ...] = ()
+    moves: tuple[tuple[DatasetName, DatasetName], ...] = ()
     everything: bool = False
 
 
@@ -131,7 +132,7 @@ def _look_for_move(event: Event, name: DatasetName, index: PoolIndex) -> Look:
     if target is None:
         return Look(datasets=(name,))
     known = index.find(name) is None and index.find(target) is not None
-    return NOTHING if known else Look(datasets=(name,), trees=(target,))
+    return NOTHING if known else Look(moves=((name, target),))
 
 
 def _is_known_snapshot(event: Event, name: SnapshotName, index: PoolIndex) -> bool:

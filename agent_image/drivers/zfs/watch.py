@@ -160,6 +160,8 @@ class Watch:
             self.compare()
             self.is_pool_there = True
             return
+        for name, target in [move for look in looks for move in look.moves]:
+            self._look_at_move(name, target)
         for tree in {name for look in looks for name in look.trees}:
             self._look_at_tree(tree)
         for dataset in {name for look in looks for name in look.datasets}:
@@ -178,6 +180,18 @@ class Watch:
     def _look_at_snapshot(self, name: SnapshotName) -> None:
         with self._index.reading() as reading:
             self._index.apply_snapshot(reading, name, survey.find_snapshot(self._lzc, name))
+
+    def _look_at_move(self, name: DatasetName, target: DatasetName) -> None:
+        """Somebody renamed a dataset: what is below and the origins of its clones follow, if it is still as the event says."""
+        known = self._index.find(name)
+        with self._index.reading() as reading:
+            old, new = survey.find_dataset(self._lzc, name), survey.find_dataset(self._lzc, target)
+            is_move = known is not None and old is None and new is not None and new.guid == known.guid
+            if is_move and not reading.is_outdated(name) and not reading.is_outdated(target):
+                self._index.rename(name, target)
+                return
+        self._look_at_dataset(name)
+        self._look_at_tree(target)
 
     def _look_at_tree(self, name: DatasetName) -> None:
         with self._index.reading() as reading:
