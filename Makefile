@@ -48,6 +48,7 @@ test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine w
 	VENV=$(VENV) tests/lab/test-zfs
 
 bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md
+	@scripts/ensure-packages curl=curl
 	$(VENV)/bin/python -m bench
 
 install: venv ## Install programs, systemd units and settings (DESTDIR, PREFIX=/usr/local, SYSCONFDIR=/etc)
