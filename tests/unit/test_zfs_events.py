@@ -56,6 +56,7 @@ def index() -> PoolIndex:
         source = None if origin is None else SnapshotName.parse(origin)
         properties = {"a:b": "1", "readonly": "on"}
         index.put(DatasetInfo(DatasetName.parse(name), DatasetKind.VOLUME, 1, 10, 1, source, properties=properties))
+    index.put(DatasetInfo(DatasetName.parse("tank/.mistify-receive-0123456789abcdef"), DatasetKind.VOLUME, 0, 0, 0))
     index.put_snapshots([SnapshotInfo(SnapshotName.parse("tank/v@s"), 1, 20, 1)])
     return index
 
@@ -79,7 +80,9 @@ def event(dataset: str, action: str, detail: str = "", txg: int = 0) -> Event:
         event("tank/v", "promote"),
         event("tank/v@s", "hold", "tag=x"),
         event("tank/v", "bookmark", "name=b"),
-        event("tank/.mistify-view-0123456789abcdef", "create"),
+        event("tank/.mistify-receive-0123456789abcdef", "receive", txg=30),
+        event("tank/.mistify-receive-0123456789abcdef", "set", "a:b=1"),
+        event("tank/.mistify-view-0123456789abcdef", "destroy"),
         event("", "set", "feature@x=enabled"),
         event("tank/$ORIGIN", "create"),
         event("tank/with space", "create"),
@@ -108,7 +111,10 @@ MOVE = (DatasetName.parse("tank/v"), DatasetName.parse("tank/w"))
         (event("tank/v@new", "snapshot", txg=30), Look(snapshots=(SnapshotName.parse("tank/v@new"),))),
         (event("tank/v@s", "destroy"), Look(snapshots=(SnapshotName.parse("tank/v@s"),))),
         (event("tank/v", "rename", "-> tank/w"), Look(moves=(MOVE,))),
-        (event("tank/.mistify-receive-0123456789abcdef", "rename", "-> tank/w"), Look(trees=names("tank/w"))),
+        (
+            event("tank/.mistify-view-0123456789abcdef", "create"),
+            Look(datasets=names("tank/.mistify-view-0123456789abcdef")),
+        ),
         (event("tank/c", "promote"), EVERYTHING),
         (Event("dropped"), EVERYTHING),
     ],

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from agent_image.drivers.zfs.hidden import is_hidden
 from agent_image.drivers.zfs.index import PoolIndex
 from imaging.errors import InvalidNameError
 from imaging.names import DatasetName, SnapshotName
@@ -93,8 +92,8 @@ def look_for(event: Event, index: PoolIndex) -> Look:
     if not event.dataset or event.action in _IGNORED:
         return NOTHING
     name = _parse(event.dataset)
-    if name is None or is_hidden(name.dataset if isinstance(name, SnapshotName) else name):
-        return _moved_in(event)
+    if name is None:
+        return NOTHING
     if isinstance(name, SnapshotName):
         return NOTHING if _is_known_snapshot(event, name, index) else Look(snapshots=(name,))
     if event.action in _NAMES_THAT_MOVE:
@@ -109,12 +108,6 @@ def _parse(text: str) -> DatasetName | SnapshotName | None:
         return SnapshotName.parse(text) if "@" in text else DatasetName.parse(text)
     except InvalidNameError:
         return None
-
-
-def _moved_in(event: Event) -> Look:
-    """A dataset nobody shows was renamed to one everybody sees."""
-    target = _target(event)
-    return NOTHING if target is None or is_hidden(target) else Look(trees=(target,))
 
 
 def _target(event: Event) -> DatasetName | None:
@@ -148,6 +141,8 @@ def _is_known(event: Event, name: DatasetName, index: PoolIndex) -> bool:
         return info is None
     if info is None:
         return False
+    if info.guid == 0:  # we are receiving it
+        return True
     if event.action in _PROPERTY_CHANGES:
         key, _, value = event.detail.partition("=")
         if key == "readonly":

@@ -226,7 +226,7 @@ class PoolIndex:
                 self.apply(reading, info.name, info)
                 self.apply_snapshots(reading, info.name, by_dataset.get(info.name, ()))
             for name in [name for name in self._names if name not in seen and not reading.is_outdated(name)]:
-                if name in self._datasets:
+                if self._datasets[name].guid:  # 0 stands for what we are receiving
                     self._remove(name)
 
 

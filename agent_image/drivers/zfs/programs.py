@@ -68,6 +68,7 @@ DESCRIBE = (
     + """
 function one(name)
   local e = {}
+  if zfs.get_prop(name, "inconsistent") == 1 then return nil end
   for _, key in ipairs({"type", "guid", "createtxg", "creation", "volsize"}) do e[key] = zfs.get_prop(name, key) end
   if e["type"] == "snapshot" then return e end
   e["origin"] = zfs.get_prop(name, "origin")
@@ -78,7 +79,7 @@ end
 """
     + _LOOP
 )
-"""Everything the index keeps about a dataset or snapshot."""
+"""Everything the index keeps about a dataset or snapshot. One that is being received is not there yet, as for ``zfs list``."""
 
 SNAPSHOTS = """
 args = ...
@@ -192,7 +193,7 @@ def snapshot_of(name: SnapshotName, entry: Mapping[bytes, Any], volsize_bytes: i
         guid=_required(entry, b"guid", name),
         createtxg=_required(entry, b"createtxg", name),
         creation_s=_required(entry, b"creation", name),
-        volsize_bytes=volsize_bytes if size is None else size,
+        volsize_bytes=size or volsize_bytes,  # a filesystem's snapshot says 0
     )
 
 
