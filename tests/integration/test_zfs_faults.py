@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.backend("zfs")
 
 VOLUMES_AT_ONCE = 300
-DEATHS = 12
+DEATHS = 8
 DEVICE_TIMEOUT_S = 120.0
 SMALL_POOL_BYTES = 96 * MIB
 

@@ -50,6 +50,8 @@ def choose_accel(files: BootFiles) -> str:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     known = files.cache / f"accel-{boot_id}"
     if not known.exists():
+        for older in files.cache.glob("accel-*"):
+            older.unlink()
         known.write_text("kvm" if kvm_works(files) else "tcg")
     return known.read_text()
 

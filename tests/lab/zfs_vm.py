@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ TIMED_OUT = 124
 NATIVE_POOL_BYTES = 16 << 30
 """Sparse; the tests write a few hundred MiB."""
 ZPOOL_TIMEOUT_S = 60
+MODPROBE_TIMEOUT_S = 60
 
 
 def say(text: str) -> None:
@@ -78,8 +80,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def kernel_has_zfs() -> bool:
-    """Whether we may use ZFS right here."""
-    return os.geteuid() == 0 and Path("/dev/zfs").exists() and Path("/sys/module/zfs/version").exists()
+    """Whether we may use ZFS right here; loads the module if there is one for this kernel."""
+    loaded = Path("/sys/module/zfs/version")
+    if not loaded.exists() and shutil.which("modprobe"):
+        subprocess.run(["modprobe", "-q", "zfs"], check=False, timeout=MODPROBE_TIMEOUT_S, stderr=subprocess.DEVNULL)
+    return loaded.exists() and Path("/dev/zfs").exists()
 
 
 def run_native(options: argparse.Namespace) -> int:
@@ -189,7 +194,10 @@ def main() -> int:
     options = parse_arguments(sys.argv[1:])
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGHUP, interrupted)
-    if kernel_has_zfs() and not options.vm:
+    if os.geteuid() != 0:
+        say("must be root: it makes a pool, or shares the root file system with a virtual machine")
+        return LAB_FAILED
+    if not options.vm and kernel_has_zfs():
         return run_native(options)
     run = Path(tempfile.mkdtemp(prefix="mistify-lab.", dir="/var/tmp"))
     try:
