@@ -95,6 +95,12 @@ class TooLargeError(MistifyError):
     http_status = 413
 
 
+class StoreRemovalError(MistifyError):
+    """The thing is removed, but some of its files are not: nobody sees it any more, and a check of the store clears them away."""
+
+    code = "stale_files"
+
+
 class NoSpaceError(MistifyError):
     """No space left on the pool, disk or quota."""
 
