@@ -40,6 +40,8 @@ LAB_FAILED = 125
 TIMED_OUT = 124
 NATIVE_POOL_BYTES = 16 << 30
 """Sparse; the tests write a few hundred MiB."""
+ZFS_MODULE = "zfs_arc_max=536870912"
+"""The cache's own limit, half of the memory, leaves too little to tests whose files live in memory too."""
 ZPOOL_TIMEOUT_S = 60
 MODPROBE_TIMEOUT_S = 60
 
@@ -66,7 +68,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pool", default=f"lab{os.getpid()}", help="name of the pool, default labPID")
     parser.add_argument("--pool-options", default="", help="further options of zpool create")
     parser.add_argument("--no-udev", dest="udev", action="store_false", help="no udevd in the guest")
-    parser.add_argument("--zfs-module", default="", metavar="'NAME=VALUE ...'", help="parameters of the zfs module")
+    parser.add_argument(
+        "--zfs-module",
+        default=ZFS_MODULE,
+        metavar="'NAME=VALUE ...'",
+        help="parameters of the guest's module, default %(default)s",
+    )
     parser.add_argument("--timeout", type=float, default=3600, metavar="S", help="wall clock, default %(default)s")
     parser.add_argument("--keep", action="store_true", help="keep the run directory (console.log)")
     parser.add_argument("--verbose", action="store_true", help="say when each phase of the boot was reached")

@@ -254,7 +254,19 @@ class ZfsDatasets(ZfsCore):
         volumes = [info.name for info in self._index.datasets(name, DatasetKind.VOLUME)]
         if recursive:
             self._wait_unheld(volumes, f"cannot destroy {name}")
-        self._while_busy(lambda: self._destroy_now(name, recursive=recursive), name, volumes)
+        before = self._count(name)
+        try:
+            self._while_busy(lambda: self._destroy_now(name, recursive=recursive), name, volumes)
+        except BusyError as err:
+            gone = before - self._count(name)
+            if gone:  # somebody opened a device after the look: ZFS has no way to take back what went before
+                raise BusyError(f"{err.message}; {gone} of {before} parts are destroyed", err.dependants) from err
+            raise
+
+    def _count(self, name: DatasetName) -> int:
+        """Datasets and snapshots at and below."""
+        datasets = self._index.datasets(name)
+        return len(datasets) + sum(len(self._index.snapshots(info.name)) for info in datasets)
 
     def _destroy_now(self, name: DatasetName, *, recursive: bool) -> None:
         with self._lock:
