@@ -12,6 +12,8 @@ from aiohttp import web
 from prometheus_client import Gauge
 
 from image_service.admission import Admission
+from image_service.catalog import Catalog, CatalogBuilder
+from image_service.catalog_web import CatalogEndpoints
 from image_service.collector import Collector
 from image_service.config import ServiceConfig
 from image_service.fetcher import Fetcher
@@ -66,6 +68,8 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         undo.push_async_callback(service.close)
         app = create_app(settings, render_error=render_error)
         ImageEndpoints(service, blobs, pools, config.web).add_to(app)
+        catalog = Catalog(await pools.data(CatalogBuilder, records, blobs, config.catalog), pools)
+        CatalogEndpoints(catalog, service, blobs, pools).add_to(app)
         _observe(app, importer, config.images_dir)
         app[LIFECYCLE].park_hooks.append(service.close)
         await service.start()

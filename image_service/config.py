@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from image_service.admission import AdmissionLimits
+from image_service.catalog import CatalogSettings
 from image_service.collector import GRACE_MIN_S, GRACE_S, INTERVAL_S
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
@@ -49,6 +50,7 @@ class ServiceConfig:
     web: WebLimits
     collect_interval_s: float
     collect_grace_s: float
+    catalog: CatalogSettings
 
     @property
     def images_dir(self) -> Path:
@@ -173,6 +175,13 @@ _OPTIONS = [
         default=GRACE_S,
         help="Nothing younger is collected.",
     ),
+    click.option(
+        "--catalog-key",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="OpenPGP private key to sign the catalogue with.",
+    ),
+    click.option("--catalog-region", default="", help="This site's region, for clients that deploy by image id."),
+    click.option("--catalog-endpoint", default="", help="Where this site's API is, for the same clients."),
 ]
 
 
@@ -227,4 +236,10 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
         web=WebLimits(upload_stall_timeout_s=params["upload_stall_timeout_s"]),
         collect_interval_s=params["collect_interval_s"],
         collect_grace_s=params["collect_grace_s"],
+        catalog=CatalogSettings(
+            directory=state_dir / "catalog",
+            key_file=params["catalog_key"],
+            region=params["catalog_region"],
+            endpoint=params["catalog_endpoint"],
+        ),
     )

@@ -111,10 +111,16 @@ def headers_of(chosen: Plan, info: BlobInfo) -> dict[str, str]:
     return headers
 
 
-async def send_blob(request: web.Request, blobs: BlobStore, info: BlobInfo, offload: Offload) -> web.StreamResponse:
+async def send_blob(
+    request: web.Request,
+    blobs: BlobStore,
+    info: BlobInfo,
+    offload: Offload,
+    more_headers: Mapping[str, str] | None = None,
+) -> web.StreamResponse:
     """Answer a GET or HEAD for a blob."""
     chosen = plan(request.method, request.headers, info)
-    headers = headers_of(chosen, info)
+    headers = headers_of(chosen, info) | dict(more_headers or {})
     if chosen.status not in {200, 206}:
         return web.Response(status=chosen.status, headers=headers)
     response = web.StreamResponse(status=chosen.status, headers=headers)
