@@ -16,6 +16,9 @@ from image_service.catalog import Catalog, CatalogBuilder
 from image_service.catalog_web import CatalogEndpoints
 from image_service.collector import Collector
 from image_service.config import ServiceConfig
+from image_service.derive import DerivedStore, Deriver
+from image_service.derive_web import DerivedEndpoints
+from image_service.derive_work import DeriveLimits
 from image_service.fetcher import Fetcher
 from image_service.importer import Importer
 from image_service.metadata import MetadataStore
@@ -51,6 +54,22 @@ def _admission(config: ServiceConfig, blobs: BlobStore) -> Admission:
     return Admission(config.admission)
 
 
+def _deriver(
+    config: ServiceConfig,
+    service: ImageService,
+    records: MetadataStore,
+    blobs: BlobStore,
+    collector: Collector,
+    admission: Admission,
+    pools: Pools,
+) -> Deriver:
+    """Makes derived images; its temporary files are beside the blobs, where the room is."""
+    limits = DeriveLimits(free_min_bytes=config.admission.free_min_bytes)
+    store = DerivedStore(blobs, records.engine, collector, admission, limits)
+    base = config.images_dir if isinstance(blobs, LocalBlobStore) else config.state_dir
+    return Deriver(service.get_blob, store, pools.data, base / "derive", limits=limits)
+
+
 async def create(settings: ServerSettings, config: ServiceConfig) -> web.Application:
     """The application, with its stores open and its unfinished fetches running."""
     pools = Pools()
@@ -66,8 +85,12 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         importer = Importer(records, blobs, fetcher, collector, admission, pools=pools, limits=config.fetches)
         service = ImageService(records, blobs, importer, collector, admission, policy=config.policy, pools=pools)
         undo.push_async_callback(service.close)
+        deriver = await pools.data(_deriver, config, service, records, blobs, collector, admission, pools)
+        undo.push_async_callback(deriver.close)
         app = create_app(settings, render_error=render_error)
-        ImageEndpoints(service, blobs, pools, config.web).add_to(app)
+        derived = DerivedEndpoints(deriver, pools.data)
+        derived.add_to(app)
+        ImageEndpoints(service, blobs, pools, config.web, derived).add_to(app)
         catalog = Catalog(await pools.data(CatalogBuilder, records, blobs, config.catalog), pools)
         CatalogEndpoints(catalog, service, blobs, pools).add_to(app)
         _observe(app, importer, config.images_dir)

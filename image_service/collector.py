@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
 from image_service.lifecycle import UNFINISHED, Image
 from image_service.metadata import MetadataStore
@@ -42,6 +43,22 @@ def upload_ref(image_id: str) -> str:
     return UPLOAD_PREFIX + image_id
 
 
+class BlobCache(Protocol):
+    """Keeps blobs no record names, and gives them up by rules of its own."""
+
+    def recover(self) -> None:
+        """At start: end what the dead were making."""
+
+    def sweep(self, wanted: Callable[[Digest], bool]) -> None:
+        """Give up what it no longer wants to keep; ``wanted`` says whether a record names a blob."""
+
+    def digests(self) -> Collection[Digest]:
+        """What it keeps."""
+
+    def needs(self, digest: Digest) -> bool:
+        """Whether it keeps a blob."""
+
+
 class Collector:
     """Removes what nothing needs. Blocking; threads may share it."""
 
@@ -50,6 +67,11 @@ class Collector:
         self._blobs = blobs
         self._grace_s = max(grace_s, GRACE_MIN_S)
         self._naming = threading.Lock()
+        self._caches: list[BlobCache] = []
+
+    def add_cache(self, cache: BlobCache) -> None:
+        """From now on keep what ``cache`` keeps."""
+        self._caches.append(cache)
 
     def publish(self, lease: str, digest: Digest, record: Callable[[], None]) -> None:
         """Let a record name a blob that was just committed under a lease, and end the lease.
@@ -61,15 +83,19 @@ class Collector:
             with self._naming:
                 record()
         except MistifyError:
-            self._blobs.release(lease)
-            self.drop(digest)
+            self.discard(lease, digest)
             raise
         self._blobs.release(lease)
+
+    def discard(self, lease: str, digest: Digest) -> None:
+        """A blob was committed under a lease, and no record shall name it."""
+        self._blobs.release(lease)
+        self.drop(digest)
 
     def drop(self, digest: Digest) -> None:
         """Remove a blob now unless a record or a writer needs it; absent is fine."""
         with self._naming:
-            if self._records.needs(digest):
+            if self._records.needs(digest) or any(cache.needs(digest) for cache in self._caches):
                 return
             try:
                 self._blobs.delete(digest)
@@ -93,12 +119,19 @@ class Collector:
             if ingest.ref not in wanted:
                 log.info("ingest left behind is removed", extra={"ref": ingest.ref, "size_bytes": ingest.offset_bytes})
                 self.forget(ingest.ref)
-        self._report(self._blobs.collect(_named(self._records.iterate()), grace_s=0))
+        for cache in self._caches:
+            cache.recover()
+        self._report(self._blobs.collect(self._kept(), grace_s=0))
 
     def collect(self, *, dry_run: bool = False, limit: int | None = None) -> CollectReport:
         """One round of garbage collection; what was (or would be) removed."""
-        keep = _named(self._records.iterate())
-        return self._report(self._blobs.collect(keep, grace_s=self._grace_s, dry_run=dry_run, limit=limit))
+        for cache in self._caches if not dry_run else ():
+            cache.sweep(self._records.needs)
+        return self._report(self._blobs.collect(self._kept(), grace_s=self._grace_s, dry_run=dry_run, limit=limit))
+
+    def _kept(self) -> set[Digest]:
+        """Every blob a record or a cache names."""
+        return _named(self._records.iterate()).union(*(cache.digests() for cache in self._caches))
 
     @staticmethod
     def _report(report: CollectReport) -> CollectReport:

@@ -5,6 +5,7 @@ Keys::
     images/<id>                     the record, JSON
     sources/<sha256 of the source>  the id of the one record with that source
     digests/<sha256>/<id>           empty; says that this record needs this blob
+    contents/<sha256>/<id>          empty; says that this record is an image with that content, in whatever encoding
 
 Rules.
 
@@ -33,6 +34,7 @@ from imaging.kv.base import ABSENT, Compare, Delete, Entry, KeyValue, Operation,
 RECORDS = "images/"
 SOURCES = "sources/"
 DIGESTS = "digests/"
+CONTENTS = "contents/"
 MARKS = "marks/"
 
 UPDATE_TRIES_MAX = 64
@@ -59,6 +61,11 @@ def digest_key(image: Image) -> str:
     return f"{DIGESTS}{image.blob.hex}/{image.id}"
 
 
+def content_key(image: Image) -> str:
+    """Where it says what an image's content is."""
+    return f"{CONTENTS}{Digest.parse(image.content_digest).hex}/{image.id}"
+
+
 def _decode(entry: Entry) -> Image:
     try:
         return _decoder.decode(entry.value)
@@ -73,6 +80,8 @@ def _index(image: Image) -> list[Operation]:
         entries.append(Put(source_key(image.source), image.id.encode()))
     if image.digest:
         entries.append(Put(digest_key(image), b""))
+    if image.content_digest:
+        entries.append(Put(content_key(image), b""))
     return entries
 
 
@@ -120,17 +129,25 @@ class MetadataStore:
             raise UnavailableError("the metadata store is not open")
         return self._engine
 
+    @property
+    def engine(self) -> KeyValue:
+        """The engine, for what else is kept in it under prefixes of its own."""
+        return self._store
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def iterate(self) -> Iterator[Image]:
-        """Every record in id order, read page by page."""
-        after = ""
+    def _pages(self, prefix: str, after: str = "") -> Iterator[Entry]:
+        """Every entry with that prefix behind the key ``after``, read page by page."""
         while True:
-            page = self._store.list(RECORDS, after=after, limit=PAGE_RECORDS)
-            yield from map(_decode, page)
+            page = self._store.list(prefix, after=after, limit=PAGE_RECORDS)
+            yield from page
             if len(page) < PAGE_RECORDS:
                 return
             after = page[-1].key
+
+    def iterate(self, after_id: str = "") -> Iterator[Image]:
+        """Every record (with an id behind ``after_id``) in id order."""
+        yield from map(_decode, self._pages(RECORDS, record_key(after_id) if after_id else ""))
 
     def list(self, image_type: ImageType | None = None) -> Sequence[Image]:
         """Records (of one type), in id order."""
@@ -163,6 +180,24 @@ class MetadataStore:
     def needs(self, digest: Digest) -> bool:
         """Whether any record names that blob."""
         return bool(self._store.list(f"{DIGESTS}{digest.hex}/", limit=1))
+
+    def ids_by_digest(self, digest: Digest) -> Sequence[str]:
+        """Ids of the records that name that blob, in order."""
+        prefix = f"{DIGESTS}{digest.hex}/"
+        return [entry.key.removeprefix(prefix) for entry in self._pages(prefix)]
+
+    def ids_by_content(self, content: Digest) -> Sequence[str]:
+        """Ids of the images with that content, in order."""
+        prefix = f"{CONTENTS}{content.hex}/"
+        return [entry.key.removeprefix(prefix) for entry in self._pages(prefix)]
+
+    def contents(self) -> Mapping[str, Sequence[str]]:
+        """Every content digest with the ids of the images that have it."""
+        found: dict[str, list[str]] = {}
+        for entry in self._pages(CONTENTS):
+            hex_digits, _, image_id = entry.key.removeprefix(CONTENTS).partition("/")
+            found.setdefault(f"sha256:{hex_digits}", []).append(image_id)
+        return found
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from image_service.derive_web import DerivedEndpoints
 from image_service.lifecycle import UNKNOWN_SIZE, Image, ImageType
 from image_service.service import ImageService
 from image_service.serving import DIGEST_HEADER, send_blob
@@ -87,8 +88,11 @@ def _clean(text: str) -> str:
 class ImageEndpoints:
     """The handlers of ``/images``."""
 
-    def __init__(self, service: ImageService, blobs: BlobStore, pools: Pools, limits: WebLimits) -> None:
+    def __init__(
+        self, service: ImageService, blobs: BlobStore, pools: Pools, limits: WebLimits, derived: DerivedEndpoints
+    ) -> None:
         self._service = service
+        self._derived = derived
         self._blobs = blobs
         self._pools = pools
         self._limits = limits
@@ -159,8 +163,8 @@ class ImageEndpoints:
         return _json(200, to_record(await self._service.delete(_image_id(request))))
 
     async def download(self, request: web.Request) -> web.StreamResponse:
-        """GET and HEAD /images/{id}/download."""
-        _, info = await self._service.get_blob(_image_id(request))
+        """GET and HEAD /images/{id}/download, in the form the query asks for."""
+        info = await self._derived.find_blob(request)
         return await send_blob(request, self._blobs, info, self._pools.data)
 
 

@@ -1,0 +1,228 @@
+"""Blobs made from blobs: volume streams, increments, raw disks and other packings, made on demand and kept as blobs.
+
+A request names an image and a form (:class:`~image_service.derive_forms.Form`). The form becomes a recipe over stored blobs; the blob
+a recipe made is looked up, or made once for everybody who asks meanwhile (:class:`~image_service.derive_work.SharedWork`). What is
+being made is an ingest under a lease of its own; the lease ends when the index names the blob. A restart forgets unfinished
+ingests and starts anew when somebody asks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from image_service.admission import Admission
+from image_service.chunks import ChunkHasher, ChunkIndex, ChunkList, compute
+from image_service.collector import Collector
+from image_service.derive_cache import Derived, DerivedIndex
+from image_service.derive_forms import Contents, Form, Recipe, make, resolve
+from image_service.derive_work import DeriveLimits, Guard, SharedWork, Work
+from image_service.lifecycle import Image
+from imaging.blobs.base import BlobInfo, BlobStore
+from imaging.digests import Digest
+from imaging.errors import NoSpaceError, NotFoundError
+from imaging.files import make_directory, remove_temporaries
+from imaging.kv.base import KeyValue
+from imaging.threads import Offload
+
+DERIVE_PREFIX = "derive-"
+
+LEASE_TTL_S = 3600.0
+"""How long a derivation is protected without a sign of life."""
+
+LEASE_RENEW_S = 600.0
+"""How often it gives one: six times within a lease's life."""
+
+FindBlob = Callable[[str], Awaitable[tuple[Image, BlobInfo]]]
+"""A complete image and its blob by id; NotFoundError."""
+
+log = logging.getLogger(__name__)
+
+
+class DerivedStore:
+    """Recipes to blobs, on the calling thread: the part of :class:`Deriver` that blocks. The collector knows of its blobs."""
+
+    def __init__(
+        self, blobs: BlobStore, store: KeyValue, collector: Collector, admission: Admission, limits: DeriveLimits
+    ) -> None:
+        self._blobs = blobs
+        self._collector = collector
+        self._admission = admission
+        self.contents = Contents(blobs)
+        self.index = DerivedIndex(store, limits)
+        self.chunks = ChunkIndex(store)
+        collector.add_cache(self)
+
+    def find(self, recipe: Recipe) -> BlobInfo | None:
+        """The blob a recipe made, if it is still there."""
+        derived = self.index.find(recipe)
+        return None if derived is None else self._check(recipe, derived)
+
+    def _check(self, recipe: Recipe, derived: Derived) -> BlobInfo | None:
+        try:
+            return self._blobs.info(derived.blob)
+        except NotFoundError:
+            log.warning("a derived image is gone and will be made again", extra={"digest": derived.digest})
+            self.index.forget(recipe)
+            return None
+
+    def derive(self, recipe: Recipe, work: Work) -> BlobInfo:
+        """Make a recipe's blob, unless somebody else has; if there is no room, try again with older derived blobs gone."""
+        found = self.find(recipe)
+        if found is not None:
+            return found
+        try:
+            return self._derive(recipe, work)
+        except NoSpaceError:
+            gone = self.index.make_room(work.done_bytes)
+            if not gone:
+                raise
+            self._drop(gone)
+            return self._derive(recipe, work)
+
+    def _derive(self, recipe: Recipe, work: Work) -> BlobInfo:
+        ref = DERIVE_PREFIX + recipe.key
+        started_s = time.monotonic()
+        self._collector.forget(ref)  # what an earlier round left behind
+        self._blobs.lease(ref, [recipe.source, *([recipe.base] if recipe.base else [])], ttl_s=LEASE_TTL_S)
+        try:
+            info, chunks = self._write(recipe, work, ref)
+            self.chunks.save(chunks)
+            self.index.save(recipe, info)
+        finally:
+            self._collector.forget(ref)
+        seconds = round(time.monotonic() - started_s, 3)
+        log.info("image derived", extra={"key": recipe.key, "size_bytes": info.size_bytes, "duration_s": seconds})
+        return info
+
+    def _write(self, recipe: Recipe, work: Work, ref: str) -> tuple[BlobInfo, ChunkList]:
+        hasher = ChunkHasher()
+        limit = self._admission.size_max_bytes
+        renew_at = time.monotonic() + LEASE_RENEW_S
+        with (
+            self._admission.reserve(ref) as room,
+            self._blobs.ingest(ref, lease=ref, max_bytes=limit) as writer,
+        ):
+            try:
+                for piece in make(recipe, self._blobs, self.contents, work):
+                    writer.write(piece)
+                    hasher.update(piece)
+                    room.receive(writer.offset_bytes)
+                    if time.monotonic() > renew_at:
+                        renew_at = time.monotonic() + LEASE_RENEW_S
+                        self._blobs.lease(ref, ttl_s=LEASE_TTL_S)
+                info = writer.commit()
+            except BaseException:
+                writer.abort()
+                raise
+        return info, ChunkList(info.digest, hasher.size_bytes, hasher.packed())
+
+    def list_chunks(self, info: BlobInfo, work: Work) -> ChunkList:
+        """A blob's chunks, computed if nobody has."""
+        found = self.chunks.find(info)
+        if found is None:
+            found = compute(self._blobs, info, work)
+            self.chunks.save(found)
+        return found
+
+    # -- garbage -----------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """At start, when nothing is being made here: end the leases of the dead. Their ingests are then garbage."""
+        for lease in self._blobs.leases():
+            if lease.startswith(DERIVE_PREFIX):
+                self._collector.forget(lease)
+
+    def sweep(self, wanted: Callable[[Digest], bool]) -> None:
+        """Forget what is stale, unneeded or too much. ``wanted``: whether a record names a blob."""
+        self._drop(self.index.sweep(wanted))
+        self.chunks.sweep(wanted, self.index.digests())
+
+    def digests(self) -> set[Digest]:
+        """Blobs the index names."""
+        return self.index.digests()
+
+    def needs(self, digest: Digest) -> bool:
+        """Whether the index names a blob."""
+        return self.index.needs(digest)
+
+    def _drop(self, digests: Sequence[Digest]) -> None:
+        for digest in digests:
+            self._collector.drop(digest)
+
+
+class Deriver:
+    """See the module's docstring. Lives on one event loop: construct, ``recover``, use, ``close``."""
+
+    def __init__(
+        self,
+        find_blob: FindBlob,
+        store: DerivedStore,
+        offload: Offload,
+        directory: Path,
+        *,
+        limits: DeriveLimits,
+        guard: Guard | None = None,
+    ) -> None:
+        self._find_blob = find_blob
+        self._store = store
+        self._offload = offload
+        make_directory(directory)
+        remove_temporaries(directory)
+        self._work = SharedWork(directory, limits, guard)
+
+    @property
+    def running(self) -> int:
+        """Derivations accepted and not ended."""
+        return self._work.running
+
+    @property
+    def started(self) -> int:
+        """Derivations begun since the start."""
+        return self._work.started
+
+    async def get_blob(self, image_id: str, form: Form) -> BlobInfo:
+        """The blob with an image in a form, made if need be.
+
+        NotFoundError (an image is absent or incomplete), WrongKindError or InvalidArgumentError (there is no such form of it),
+        UnavailableError (still being made, or too much is), those of the formats.
+        """
+        _, info = await self._find_blob(image_id)
+        if form.is_stored:
+            return info
+        recipe = await self._resolve(info, form)
+        if recipe is None:
+            return info
+        found = await self._offload(self._store.find, recipe)
+        if found is not None:
+            return found
+        return await self._work.run(recipe.key, lambda work: self._store.derive(recipe, work))
+
+    async def _resolve(self, info: BlobInfo, form: Form) -> Recipe | None:
+        base: BlobInfo | None = None
+        if form.base_id:
+            try:
+                _, base = await self._find_blob(form.base_id)
+            except NotFoundError as err:
+                raise NotFoundError(f"the image named by from: {err.message}") from err
+
+        def look() -> Recipe | None:
+            contents = self._store.contents
+            older = (base.digest, contents.of(base.digest)) if base is not None else None
+            return resolve(form, info.digest, contents.of(info.digest), older)
+
+        return await self._offload(look)
+
+    async def get_chunks(self, info: BlobInfo) -> ChunkList:
+        """The chunks of a blob; UnavailableError while they are computed for longer than a request may wait."""
+        found = await self._offload(self._store.chunks.find, info)
+        key = f"chunks/{info.digest.hex}"
+        if found is not None:
+            return found
+        return await self._work.run(key, lambda work: self._store.list_chunks(info, work))
+
+    async def close(self) -> None:
+        """End what is being made; it starts anew when somebody asks again."""
+        await self._work.close()
