@@ -101,6 +101,16 @@ def test_look_at_everything_keeps_what_changed_meanwhile(index: PoolIndex) -> No
     assert index.find_snapshot(SnapshotName.parse("tank/other@s")) is not None
 
 
+def test_replaced_snapshots_are_all_there_are(index: PoolIndex) -> None:
+    name = DatasetName.parse("tank/a/x")
+    with index.reading() as reading:
+        index.replace_snapshots(name, [snapshot("tank/a/x@only", txg=4)])
+        index.apply_snapshots(reading, name, [])
+    assert [info.name.snapshot for info in index.snapshots(name)] == ["only"]
+    index.replace_snapshots(DatasetName.parse("tank/nowhere"), [snapshot("tank/nowhere@s")])
+    assert index.find_snapshot(SnapshotName.parse("tank/nowhere@s")) is None
+
+
 def test_snapshot_of_an_unknown_dataset_is_left_out(index: PoolIndex) -> None:
     index.put_snapshots([snapshot("tank/nowhere@s")])
     assert index.find_snapshot(SnapshotName.parse("tank/nowhere@s")) is None

@@ -191,8 +191,7 @@ class ZfsCore:
             raise NotFoundError(f"{name} not found")
         self._index.put(info)
         if snapshots:
-            self._index.remove_snapshots([entry.name for entry in self._index.snapshots(name)])
-            self._index.put_snapshots(survey.snapshots(self._lzc, name))
+            self._index.replace_snapshots(name, survey.snapshots(self._lzc, name))
         return info
 
 

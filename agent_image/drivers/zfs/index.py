@@ -107,6 +107,13 @@ class PoolIndex:
                 if info.name.dataset in self._datasets:
                     self._snapshots.setdefault(info.name.dataset, {})[info.name.snapshot] = info
 
+    def replace_snapshots(self, name: DatasetName, infos: Iterable[SnapshotInfo]) -> None:
+        """These are all snapshots of the dataset."""
+        with self._lock:
+            self._touch(name)
+            if name in self._datasets:
+                self._snapshots[name] = {info.name.snapshot: info for info in infos}
+
     def remove(self, name: DatasetName) -> None:
         """Forget a dataset, its snapshots and everything below."""
         with self._lock:
