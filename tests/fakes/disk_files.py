@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 QEMU_TIMEOUT_S = 120.0
@@ -14,8 +15,8 @@ BLOCK_BYTES = 16 << 10
 def disk_bytes(seed: int, blocks: int = 64) -> bytes:
     """A disk of blocks: some random, some that repeat, some zero."""
     rng = random.Random(seed)
-    kinds = {0: rng.randbytes, 1: bytes, 2: lambda size: bytes([seed % 251 + 1]) * size}
-    return b"".join(kinds[rng.randrange(3)](BLOCK_BYTES) for _ in range(blocks))
+    kinds: list[Callable[[int], bytes]] = [rng.randbytes, bytes, lambda size: bytes([seed % 251 + 1]) * size]
+    return b"".join(rng.choice(kinds)(BLOCK_BYTES) for _ in range(blocks))
 
 
 def changed(data: bytes, *blocks: int) -> bytes:
