@@ -10,11 +10,12 @@ from types import TracebackType
 from agent_image.drivers.base import Readable
 from imaging.errors import MistifyError
 
-PIECE_BYTES = 1 << 20
-"""What a stage asks its source for."""
+PIECE_BYTES = 256 << 10
+"""What a stage asks its source for. Larger pieces gain nothing here and are held several times over on their way."""
 
-AHEAD_MAX_BYTES = 4 << 20
-"""What a stage may hold that nobody has taken yet. Two stages a fetch and a few fetches at once stay far below 150 MiB."""
+AHEAD_MAX_BYTES = 1 << 20
+"""What a stage may hold that nobody has taken yet: enough to smooth out the network, little enough that four fetches at once, of two
+stages each, leave the agent below 150 MiB."""
 
 JOIN_TIMEOUT_S = 120.0
 """A stage ends when its source does: after the network's stall limit at the latest."""
