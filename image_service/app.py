@@ -21,6 +21,7 @@ from image_service.derive_web import DerivedEndpoints
 from image_service.derive_work import DeriveLimits
 from image_service.fetcher import Fetcher
 from image_service.importer import Importer
+from image_service.inspector import Inspector
 from image_service.metadata import MetadataStore
 from image_service.original import find_original, import_original
 from image_service.service import ImageService
@@ -70,6 +71,11 @@ def _deriver(
     return Deriver(service.get_blob, store, pools.data, base / "derive", limits=limits)
 
 
+def _directory(config: ServiceConfig) -> Path | None:
+    """Where compressed disks are unpacked to be looked at: on the disk whose free space is watched."""
+    return config.images_dir if config.images_dir.is_dir() else None
+
+
 async def create(settings: ServerSettings, config: ServiceConfig) -> web.Application:
     """The application, with its stores open and its unfinished fetches running."""
     pools = Pools()
@@ -82,8 +88,11 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         undo.push_async_callback(fetcher.close)
         admission = _admission(config, blobs)
         collector = Collector(records, blobs, grace_s=config.collect_grace_s)
-        importer = Importer(records, blobs, fetcher, collector, admission, pools=pools, limits=config.fetches)
-        service = ImageService(records, blobs, importer, collector, admission, policy=config.policy, pools=pools)
+        inspector = Inspector(
+            records, blobs, admission, collector, limits=config.inspection, directory=_directory(config)
+        )
+        importer = Importer(records, blobs, fetcher, collector, inspector, pools=pools, limits=config.fetches)
+        service = ImageService(records, blobs, importer, collector, inspector, policy=config.policy, pools=pools)
         undo.push_async_callback(service.close)
         deriver = await pools.data(_deriver, config, service, records, blobs, collector, admission, pools)
         undo.push_async_callback(deriver.close)

@@ -14,6 +14,7 @@ import click
 from image_service.admission import AdmissionLimits
 from image_service.catalog import CatalogSettings
 from image_service.collector import GRACE_MIN_S, GRACE_S, INTERVAL_S
+from image_service.facts import InspectionLimits
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
 from image_service.sources import SourcePolicy
@@ -47,6 +48,7 @@ class ServiceConfig:
     conversation: ConversationLimits
     fetches: FetchLimits
     admission: AdmissionLimits
+    inspection: InspectionLimits
     web: WebLimits
     collect_interval_s: float
     collect_grace_s: float
@@ -91,7 +93,13 @@ def _positive() -> click.FloatRange:
     return click.FloatRange(min=0, min_open=True)
 
 
-_FETCH, _TALK, _ROOM, _WEB = FetchLimits(), ConversationLimits(), AdmissionLimits(), WebLimits()
+_FETCH, _TALK, _ROOM, _WEB, _LOOK = (
+    FetchLimits(),
+    ConversationLimits(),
+    AdmissionLimits(),
+    WebLimits(),
+    InspectionLimits(),
+)
 
 _OPTIONS = [
     click.option(
@@ -153,6 +161,18 @@ _OPTIONS = [
         type=click.IntRange(min=1),
         default=_ROOM.size_max_bytes,
         help="Limit on one image (413 beyond it).",
+    ),
+    click.option(
+        "--unpacked-size-max-bytes",
+        type=click.IntRange(min=1),
+        default=_LOOK.unpacked_size_max_bytes,
+        help="Limit on one image without its compression (413 beyond it).",
+    ),
+    click.option(
+        "--virtual-size-max-bytes",
+        type=click.IntRange(min=1),
+        default=_LOOK.virtual_size_max_bytes,
+        help="Limit on the disk a guest would see (413 beyond it).",
     ),
     click.option(
         "--quota-bytes",
@@ -232,6 +252,10 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
             size_max_bytes=params["image_size_max_bytes"],
             quota_bytes=params["quota_bytes"],
             free_min_bytes=params["free_min_bytes"],
+        ),
+        inspection=InspectionLimits(
+            unpacked_size_max_bytes=params["unpacked_size_max_bytes"],
+            virtual_size_max_bytes=params["virtual_size_max_bytes"],
         ),
         web=WebLimits(upload_stall_timeout_s=params["upload_stall_timeout_s"]),
         collect_interval_s=params["collect_interval_s"],

@@ -11,6 +11,7 @@ crash between any two leaves an ingest whose bytes belong to the recorded valida
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
@@ -18,9 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from image_service.admission import Admission, Reservation
+from image_service.admission import Reservation
 from image_service.collector import Collector, fetch_ref
+from image_service.facts import Facts
 from image_service.fetcher import Body, Fetcher
+from image_service.inspector import Inspector
 from image_service.lifecycle import (
     UNFINISHED,
     UNKNOWN_SIZE,
@@ -34,7 +37,7 @@ from image_service.metadata import MetadataStore
 from image_service.spool import LEASE_TTL_S, Pools, Spool, settled
 from imaging.blobs.base import BlobStore
 from imaging.digests import Digest
-from imaging.errors import ConflictError, MistifyError, NotFoundError, UnavailableError
+from imaging.errors import BadDataError, ConflictError, MistifyError, NotFoundError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class Importer:
         blobs: BlobStore,
         fetcher: Fetcher,
         collector: Collector,
-        admission: Admission,
+        inspector: Inspector,
         *,
         pools: Pools,
         limits: FetchLimits,
@@ -83,7 +86,8 @@ class Importer:
         self._blobs = blobs
         self._fetcher = fetcher
         self._collector = collector
-        self._admission = admission
+        self._admission = inspector.admission
+        self._inspector = inspector
         self._offload = pools.records
         self._data = pools.data
         self._limits = limits
@@ -196,7 +200,8 @@ class Importer:
             return
         limit = self._admission.size_max_bytes
         with await self._offload(self._admission.reserve, fetch_ref(image_id)) as room:
-            async with await Spool.open(self._blobs, self._data, room, max_bytes=limit) as spool:
+            inspect = functools.partial(self._inspector.begin, image.type)
+            async with await Spool.open(self._blobs, self._data, room, max_bytes=limit, inspect=inspect) as spool:
                 self._received[image_id] = spool.offset_bytes
                 try:
                     total_bytes = await self._converse(image, spool, room)
@@ -215,6 +220,7 @@ class Importer:
             validator=image.validator,
             total_bytes=image.expected_size_bytes,
         ) as body:
+            _check_length(image, body.total_bytes)
             await self._offload(room.announce, body.total_bytes, received_bytes=body.offset_bytes)
             await self._take(image, body, spool)
             return body.total_bytes
@@ -244,14 +250,22 @@ class Importer:
         await self._update(image_id, lambda image: update_size(image, size_bytes))
 
     async def _publish(self, image: Image, total_bytes: int, spool: Spool) -> None:
+        _check_length(image, spool.offset_bytes)
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
         size_bytes = None if total_bytes == UNKNOWN_SIZE else total_bytes
         info = await spool.commit(digest=wanted, size_bytes=size_bytes)
 
-        def finish() -> None:
-            self._records.update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, now=self._now()))
+        def finish(facts: Facts) -> None:
+            now = self._now()
+            self._records.update(image.id, lambda old: set_finished(old, info.digest, info.size_bytes, facts, now=now))
 
-        await self._data(self._collector.publish, fetch_ref(image.id), info.digest, finish)
+        await self._data(self._inspector.publish, fetch_ref(image.id), image, info, spool.inspection, finish)
 
     async def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
         return await settled(self._offload(self._records.update, image_id, change))
+
+
+def _check_length(image: Image, size_bytes: int) -> None:
+    """BadDataError if the caller said another length than what the source says, or gave."""
+    if image.wanted_size_bytes != UNKNOWN_SIZE and size_bytes not in {UNKNOWN_SIZE, image.wanted_size_bytes}:
+        raise BadDataError(f"image source has {size_bytes} bytes, not {image.wanted_size_bytes}")

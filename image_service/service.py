@@ -7,6 +7,7 @@ after its bytes are durable under their digest. What a call acknowledged survive
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,12 +15,15 @@ from datetime import datetime
 
 import msgspec
 
-from image_service.admission import Admission
 from image_service.collector import Collector, fetch_ref, upload_ref
+from image_service.facts import Facts
 from image_service.importer import Importer, utc_now
+from image_service.inspector import Inspector
 from image_service.lifecycle import (
     UNFINISHED,
     UNKNOWN_SIZE,
+    Details,
+    Expected,
     Image,
     ImageStatus,
     ImageType,
@@ -34,7 +38,7 @@ from image_service.sources import SourcePolicy
 from image_service.spool import Pools, Spool, settled
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import ConflictError, InvalidArgumentError, NotFoundError
+from imaging.errors import BadDataError, ConflictError, InvalidArgumentError, NotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class ImageService:
         blobs: BlobStore,
         importer: Importer,
         collector: Collector,
-        admission: Admission,
+        inspector: Inspector,
         *,
         policy: SourcePolicy,
         pools: Pools,
@@ -58,7 +62,8 @@ class ImageService:
         self._blobs = blobs
         self._importer = importer
         self._collector = collector
-        self._admission = admission
+        self._admission = inspector.admission
+        self._inspector = inspector
         self._policy = policy
         self._offload = pools.records
         self._data = pools.data
@@ -110,18 +115,22 @@ class ImageService:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    async def create(self, source: str, image_type: ImageType, comment: str = "", digest: str = "") -> Image:
+    async def create(
+        self,
+        source: str,
+        image_type: ImageType,
+        details: Details = Details(),  # noqa: B008 - immutable
+        expected: Expected = Expected(),  # noqa: B008 - immutable
+    ) -> Image:
         """Fetch a source in the background; the record as it is now.
 
         A source that is there already gives its record; one whose fetch failed is tried again. ConflictError if it is there
         with another type (or was asked for with another digest).
         """
         self._policy.check_url(source)
-        expected = Digest.parse(digest) if digest else None
-        if expected and expected.algorithm != "sha256":
-            raise InvalidArgumentError("digest of an image must be sha256")
+        check_expected(expected)
         self._importer.check_room()
-        wanted = new_fetch(str(uuid.uuid4()), source, image_type, comment=comment, expected_digest=expected)
+        wanted = new_fetch(str(uuid.uuid4()), source, image_type, details, expected)
         image, added = await settled(self._offload(self._records.ensure, wanted))
         if not added:
             _check_same(image, wanted)
@@ -148,30 +157,37 @@ class ImageService:
         image_type: ImageType,
         chunks: AsyncIterator[bytes],
         *,
-        comment: str = "",
         length_bytes: int = UNKNOWN_SIZE,
-        digest: Digest | None = None,
+        details: Details = Details(),  # noqa: B008 - immutable
+        expected: Expected = Expected(),  # noqa: B008 - immutable
     ) -> Image:
         """Store what ``chunks`` gives; the complete record. Whatever goes wrong leaves nothing."""
-        image = new_upload(str(uuid.uuid4()), image_type, comment, now=self._now())
+        size_bytes = _one_size(length_bytes, expected.size_bytes)
+        image = new_upload(str(uuid.uuid4()), image_type, details, check_expected(expected), now=self._now())
         ref = upload_ref(image.id)
+        inspect = functools.partial(self._inspector.begin, image_type)
         try:
-            with await self._offload(self._admission.reserve, ref, length_bytes) as room:
+            with await self._offload(self._admission.reserve, ref, size_bytes) as room:
                 limit = self._admission.size_max_bytes
-                async with await Spool.open(self._blobs, self._data, room, max_bytes=limit, keep=False) as spool:
+                spool = await Spool.open(self._blobs, self._data, room, max_bytes=limit, keep=False, inspect=inspect)
+                async with spool:
                     async for chunk in chunks:
                         await spool.write(chunk)
-                    size = None if length_bytes == UNKNOWN_SIZE else length_bytes
-                    return await settled(self._publish(image, spool, digest, size))
+                    return await settled(self._publish(image, spool, expected.digest, size_bytes))
         finally:
             await settled(self._data(self._collector.forget, ref))
 
-    async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size: int | None) -> Image:
-        info = await spool.commit(digest=digest, size_bytes=size)
-        complete = set_finished(image, info.digest, info.size_bytes, now=self._now())
+    async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size_bytes: int) -> Image:
+        info = await spool.commit(digest=digest, size_bytes=None if size_bytes == UNKNOWN_SIZE else size_bytes)
+        published: list[Image] = []
+
+        def record(facts: Facts) -> None:
+            published.append(set_finished(image, info.digest, info.size_bytes, facts, now=self._now()))
+            self._records.put(published[-1])
+
         ref = upload_ref(image.id)
-        await self._data(self._collector.publish, ref, info.digest, lambda: self._records.put(complete))
-        return complete
+        await self._data(self._inspector.publish, ref, image, info, spool.inspection, record)
+        return published[-1]
 
     async def delete(self, image_id: str) -> Image:
         """Remove an image: its record first, so that nothing brings it back, then its fetch, then its bytes."""
@@ -195,6 +211,20 @@ class ImageService:
                 await self._data(self._collector.collect)
             except Exception:
                 log.exception("garbage collection failed")
+
+
+def check_expected(expected: Expected) -> Expected:
+    """InvalidArgumentError if what is expected can't be compared with what is computed."""
+    if expected.digest and expected.digest.algorithm != "sha256":
+        raise InvalidArgumentError("digest of an image must be sha256")
+    return expected
+
+
+def _one_size(length_bytes: int, said_bytes: int) -> int:
+    """The length of an upload, from the request's and from what its bringer says."""
+    if UNKNOWN_SIZE not in {length_bytes, said_bytes} and length_bytes != said_bytes:
+        raise BadDataError(f"the upload has {length_bytes} bytes, not {said_bytes}")
+    return said_bytes if length_bytes == UNKNOWN_SIZE else length_bytes
 
 
 def _check_same(image: Image, wanted: Image) -> None:

@@ -19,13 +19,11 @@ from typing import BinaryIO
 
 from aiohttp import hdrs, web
 
+from image_service.said import DIGEST_HEADER
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import NotFoundError, from_os_error
 from imaging.threads import Offload
-
-DIGEST_HEADER = "X-Image-Digest"
-"""``sha256:<hex>`` of the whole blob, on every answer about it; on an upload it says what the body must be."""
 
 SEGMENT_BYTES = 8 << 20
 """Sent in one call of sendfile: large enough that the calls cost nothing, small enough to notice a stalled reader."""

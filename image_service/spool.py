@@ -8,10 +8,11 @@ an ingest that is being aborted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from image_service.admission import Reservation
+from image_service.inspection import Inspection
 from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
 from imaging.digests import Digest
 from imaging.threads import Offload
@@ -61,11 +62,23 @@ async def settled(call: Awaitable[T]) -> T:
 class Spool:
     """See the module's docstring. Use as an async context manager.
 
-    Leaving it without commit keeps the ingest for a later resume, or forgets it if it was opened with ``keep=False``.
+    Leaving it without commit keeps the ingest for a later resume, or forgets it if it was opened with ``keep=False``. What is written
+    from the first byte on is looked at meanwhile, on a thread beside the writing one.
     """
 
-    def __init__(self, writer: BlobWriter, offload: Offload, reservation: Reservation, *, keep: bool) -> None:
+    def __init__(
+        self,
+        writer: BlobWriter,
+        offload: Offload,
+        reservation: Reservation,
+        *,
+        keep: bool,
+        inspect: Callable[[], Inspection | None],
+    ) -> None:
         self._keep = keep
+        self._inspect = inspect
+        self.inspection = None if writer.offset_bytes else inspect()
+        """What has seen every byte so far; None if nothing has."""
         self._writer = writer
         self._offload = offload
         self._reservation = reservation
@@ -74,7 +87,14 @@ class Spool:
 
     @classmethod
     async def open(
-        cls, blobs: BlobStore, offload: Offload, reservation: Reservation, *, max_bytes: int, keep: bool = True
+        cls,
+        blobs: BlobStore,
+        offload: Offload,
+        reservation: Reservation,
+        *,
+        max_bytes: int,
+        keep: bool = True,
+        inspect: Callable[[], Inspection | None] = lambda: None,
     ) -> Spool:
         """Start or resume the ingest a reservation was made for; it is also the name of its lease."""
 
@@ -84,7 +104,7 @@ class Spool:
 
         task = asyncio.ensure_future(offload(start))
         try:
-            return cls(await settled(task), offload, reservation, keep=keep)
+            return cls(await settled(task), offload, reservation, keep=keep, inspect=inspect)
         except asyncio.CancelledError:
             if task.exception() is None:
                 await settled(offload(task.result().close))
@@ -104,8 +124,17 @@ class Spool:
     async def _flush(self) -> None:
         piece, self._buffer = self._buffer, bytearray()
         if piece:
-            await settled(self._offload(self._write, piece))
+            await settled(self._store(piece))
             self._written_bytes += len(piece)
+
+    async def _store(self, piece: bytearray) -> None:
+        """Write and look at the same time; wait for both, whatever one of them raises."""
+        calls = [self._offload(self._write, piece)]
+        if self.inspection is not None:
+            calls.append(self._offload(self.inspection.feed, piece))
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def _write(self, piece: bytearray) -> None:
         self._writer.write(piece)
@@ -121,6 +150,7 @@ class Spool:
         self._buffer = bytearray()
         await settled(self._offload(self._writer.restart))
         self._written_bytes = 0
+        self.inspection = self._inspect()
 
     async def commit(self, *, digest: Digest | None = None, size_bytes: int | None = None) -> BlobInfo:
         """Publish the blob."""

@@ -8,7 +8,7 @@ client knows it, on uploads, which are then refused with 422 if they are somethi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,17 +18,20 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from image_service.derive_web import DerivedEndpoints
 from image_service.lifecycle import UNKNOWN_SIZE, Image, ImageType
+from image_service.said import (
+    TYPE_HEADER,
+    details_of_headers,
+    details_of_request,
+    expected_of,
+    expected_of_request,
+)
 from image_service.service import ImageService
-from image_service.serving import DIGEST_HEADER, send_blob
+from image_service.serving import send_blob
 from image_service.spool import Pools
 from imaging.blobs.base import BlobStore
-from imaging.digests import Digest
 from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError, UnavailableError
 from imaging.names import ImageId
 from rpc.messages import ZERO_TIME, FetchRequest, ImageRecord, from_wire
-
-TYPE_HEADER = "X-Image-Type"
-COMMENT_HEADER = "X-Image-Comment"
 
 BODY_TIMEOUT_S = 30.0
 """A request body of up to a megabyte over the slowest sane link."""
@@ -50,7 +53,7 @@ def render_error(status: int, message: str, _code: str) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/json")
 
 
-def to_record(image: Image) -> ImageRecord:
+def to_record(image: Image, same_as: Sequence[str] = ()) -> ImageRecord:
     """A record as the wire shows it."""
     return ImageRecord(
         id=image.id,
@@ -64,7 +67,18 @@ def to_record(image: Image) -> ImageRecord:
         download_end=image.download_end or ZERO_TIME,
         digest=image.digest,
         format=image.format,
+        compression=image.compression,
+        virtual_size_bytes=image.virtual_size_bytes,
+        content_digest=image.content_digest,
+        unpacked_digest=image.unpacked_sha256,
+        unpacked_sha512=image.unpacked_sha512,
+        unpacked_size_bytes=image.unpacked_size_bytes,
+        same_as=list(same_as),
+        name=image.name,
+        version=image.version,
+        origin=image.origin,
         error=image.error,
+        labels=image.labels,
     )
 
 
@@ -78,11 +92,6 @@ def _image_id(request: web.Request) -> str:
         return ImageId.parse(request.match_info["id"]).text
     except InvalidNameError as err:
         raise NotFoundError("not found") from err
-
-
-def _clean(text: str) -> str:
-    """A header's value as text: bytes that are not UTF-8 become replacement characters."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class ImageEndpoints:
@@ -120,20 +129,21 @@ class ImageEndpoints:
         if not wanted.source:
             raise InvalidArgumentError("missing image source")
         image_type = ImageType.parse(wanted.type, "invalid image type")
-        image = await self._service.create(wanted.source, image_type, wanted.comment, wanted.digest)
+        image = await self._service.create(
+            wanted.source, image_type, details_of_request(wanted), expected_of_request(wanted)
+        )
         return _json(202, to_record(image))
 
     async def upload(self, request: web.Request) -> web.Response:
         """PUT /images."""
         image_type = ImageType.parse(request.headers.get(TYPE_HEADER), f"invalid {TYPE_HEADER} header")
-        digest = request.headers.get(DIGEST_HEADER)
         length = request.content_length
         image = await self._service.upload(
             image_type,
             self._body(request),
-            comment=_clean(request.headers.get(COMMENT_HEADER, "")),
             length_bytes=UNKNOWN_SIZE if length is None else length,
-            digest=Digest.parse(digest) if digest else None,
+            details=details_of_headers(request.headers),
+            expected=expected_of(request.headers),
         )
         return _json(200, to_record(image))
 

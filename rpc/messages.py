@@ -243,9 +243,25 @@ class ImageRecord(Message, kw_only=True, omit_defaults=True):
     download_end: datetime = msgspec.field(default_factory=lambda: ZERO_TIME)
     digest: str = ""
     format: str = ""
-    """What the bytes are: ``zfs``, ``raw``, ``qcow2``, ..."""
+    """What the bytes are without their compression: ``zvol`` and ``zfs`` (send streams), ``raw``, ``qcow2``, ``tar``."""
+    compression: str = ""
+    """``none``, ``gzip``, ``xz``, ``zstd``, ``bzip2`` or ``lz4``; empty if not known."""
+    virtual_size_bytes: Number = msgspec.field(default=0, name="virtual_size")
+    """Size of the disk a guest sees; 0 if there is none."""
+    content_digest: str = ""
+    """Of the disk itself, or of the unpacked bytes where there is none: equal for every encoding of one image."""
+    unpacked_digest: str = ""
+    """sha256 of the bytes without their compression."""
+    unpacked_sha512: str = ""
+    unpacked_size_bytes: Number = msgspec.field(default=0, name="unpacked_size")
+    same_as: list[str] = []
+    """Ids of other images with the same content."""
+    name: str = ""
+    version: str = ""
+    origin: str = ""
+    """Where it comes from, in the words of whoever brought it."""
     error: str = ""
-    """Why a fetch ended in status ``error``."""
+    """Why the image is in status ``error``."""
     labels: dict[str, str] = {}
 
 
@@ -257,6 +273,14 @@ class FetchRequest(Message, kw_only=True, omit_defaults=True):
     comment: str = msgspec.field(default_factory=str)
     digest: str = ""
     """Ours: what the download must be."""
+    length_bytes: Number = msgspec.field(default=-1, name="length")
+    """Ours: the length it must have; -1 if that does not matter. (``size`` is the record's, and ignored.)"""
+    format: str = ""
+    """Ours: the format it must have."""
+    name: str = ""
+    version: str = ""
+    origin: str = ""
+    labels: dict[str, str] = {}
 
 
 # -- reading and writing -------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ is damaged, dangerous or followed by something else. It does no input or output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from imaging.errors import BadDataError, UnsupportedError
 from imaging.sendstream.checksum import Buffer
 from imaging.sendstream.package import packaged_datasets
-from imaging.sendstream.reader import Frame, StreamReader
+from imaging.sendstream.reader import Checked, Frame, StreamReader, WriteRun, single_frames
 from imaging.sendstream.records import (
     DATA_TYPE,
     PROPERTIES_TYPE,
@@ -25,7 +26,14 @@ from imaging.sendstream.records import (
     StreamKind,
     feature_names,
 )
-from imaging.sendstream.rules import DEFAULT_LIMITS, Limits, VolumeRules, check_begin, reason_not_applicable
+from imaging.sendstream.rules import (
+    DEFAULT_LIMITS,
+    Admitted,
+    Limits,
+    VolumeRules,
+    check_begin,
+    reason_not_applicable,
+)
 from imaging.sendstream.state import VolumeState
 
 
@@ -63,14 +71,22 @@ class Policy:
 class StreamValidator:
     """``feed`` gives the bytes that may be passed on, ``finish`` the last ones; both raise at the first broken rule.
 
-    ``base`` is the volume an increment must build on: its guid, block size and size.
+    ``base`` is the volume an increment must build on: its guid, block size and size. ``observe`` is called with every
+    record of a volume that keeps the rules; what it is given must not be kept longer than the bytes that were fed.
 
     Errors: BadDataError (damaged or dangerous), UnsupportedError (unknown features, cannot be applied), ConflictError (base),
     TooLargeError (limits). The message names the rule, the record's number and its byte offset.
     """
 
-    def __init__(self, base: VolumeState | None = None, policy: Policy = Policy()) -> None:
+    def __init__(
+        self,
+        base: VolumeState | None = None,
+        policy: Policy = Policy(),
+        *,
+        observe: Callable[[Admitted], None] | None = None,
+    ) -> None:
         self._reader = StreamReader()
+        self._observe = observe
         self._policy = policy
         self._base = base
         self._rules: VolumeRules | None = None
@@ -110,8 +126,10 @@ class StreamValidator:
 
     def _check(self, frame: Frame) -> None:
         if self._rules is not None:
-            record = self._rules.admit(frame).record
-            if type(record) is End:
+            admitted = self._rules.admit(frame)
+            if self._observe is not None:
+                self._observe(admitted)
+            if type(admitted.record) is End:
                 self._end_volume(self._rules, frame)
         elif frame.type == RecordType.BEGIN:
             begin = frame.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,7 +180,7 @@ def test_password_and_signature_of_a_source_are_not_in_its_error(lenient: Daemon
 
 
 def test_content_encoding_is_not_undone(lenient: Daemon, sources: SourceServer) -> None:
-    packed = bytes.fromhex("1f8b0800000000000003") + b"whatever"
+    packed = gzip.compress(b"whatever")
     source = Source(packed)
     record = fetch(lenient, sources.add("/packed.gz", source))
     assert wait_for(lenient, record["id"], "complete")["digest"] == sha256(packed)

@@ -13,6 +13,7 @@ from image_service.admission import Admission, AdmissionLimits
 from image_service.collector import Collector, fetch_ref, upload_ref
 from image_service.fetcher import ConversationLimits, Fetcher
 from image_service.importer import FetchLimits, Importer
+from image_service.inspector import Inspector
 from image_service.lifecycle import Image, ImageStatus, ImageType
 from image_service.metadata import MetadataStore
 from image_service.service import ImageService
@@ -45,17 +46,24 @@ class Parts:
         self.fetcher = Fetcher(policy, ConversationLimits())
         self.collector = Collector(self.records, self.blobs)
         self.admission = Admission(AdmissionLimits(size_max_bytes=10 << 20))
+        self.inspector = Inspector(self.records, self.blobs, self.admission, self.collector)
         self.importer = Importer(
             self.records,
             self.blobs,
             self.fetcher,
             self.collector,
-            self.admission,
+            self.inspector,
             pools=self.pools,
             limits=LIMITS,
         )
         self.service = ImageService(
-            self.records, self.blobs, self.importer, self.collector, self.admission, policy=policy, pools=self.pools
+            self.records,
+            self.blobs,
+            self.importer,
+            self.collector,
+            self.inspector,
+            policy=policy,
+            pools=self.pools,
         )
 
     async def close(self) -> None:

@@ -11,6 +11,8 @@ from image_service.lifecycle import (
     COMMENT_MAX_CHARS,
     SOURCE_MAX_CHARS,
     UNKNOWN_SIZE,
+    Details,
+    Expected,
     Image,
     ImageStatus,
     ImageType,
@@ -65,7 +67,7 @@ def test_move_is_allowed_exactly_where_the_picture_shows_it(status: str, move: s
 
 
 def test_fetch_from_pending_to_complete_fills_the_record() -> None:
-    image = new_fetch("i", "http://x/", ImageType.KVM, comment="c")
+    image = new_fetch("i", "http://x/", ImageType.KVM, Details("c"))
     assert (image.size_bytes, image.expected_size_bytes, image.download_start) == (0, UNKNOWN_SIZE, None)
     image = set_downloading(image, 7, now=START, validator='"tag"')
     assert (image.expected_size_bytes, image.download_start, image.validator) == (7, START, '"tag"')
@@ -80,7 +82,7 @@ def test_length_below_zero_is_unknown() -> None:
 
 
 def test_pending_after_an_error_keeps_only_what_was_asked_for() -> None:
-    asked = new_fetch("i", "http://x/", ImageType.CONTAINER, comment="c", expected_digest=DIGEST)
+    asked = new_fetch("i", "http://x/", ImageType.CONTAINER, Details("c"), Expected(DIGEST))
     failed = set_failed(set_downloading(asked, 7, now=START, validator='"t"'), "why " * 1000, now=LATER)
     assert (failed.size_bytes, failed.validator, failed.download_end) == (0, "", LATER)
     assert len(failed.error) == 1024
@@ -91,8 +93,8 @@ def test_pending_after_an_error_keeps_only_what_was_asked_for() -> None:
     "make",
     [
         lambda: new_fetch("i", "h" * (SOURCE_MAX_CHARS + 1), ImageType.KVM),
-        lambda: new_fetch("i", "http://x/", ImageType.KVM, comment="c" * (COMMENT_MAX_CHARS + 1)),
-        lambda: new_upload("i", ImageType.KVM, "c" * (COMMENT_MAX_CHARS + 1), now=START),
+        lambda: new_fetch("i", "http://x/", ImageType.KVM, Details("c" * (COMMENT_MAX_CHARS + 1))),
+        lambda: new_upload("i", ImageType.KVM, Details("c" * (COMMENT_MAX_CHARS + 1)), now=START),
         lambda: ImageType.parse("KVM", "invalid type"),
         lambda: ImageType.parse(None, "invalid type"),
     ],
