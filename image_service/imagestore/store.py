@@ -23,6 +23,7 @@ from image_service.imagestore.infos import AciInfo, AciInfos, Remote
 from image_service.imagestore.keys import KEY_CHARS, KEY_MIN_CHARS, PREFIX, hash_to_image_id, hash_to_key, is_key
 from image_service.imagestore.layout import Layout, list_files
 from image_service.imagestore.locks import KeyLocks, acquire, open_directory
+from image_service.imagestore.oci_checking import adopt_oci_images
 from image_service.imagestore.reading import VerifyingReader
 from image_service.imagestore.spool import IMPORT_LIMITS, Temporary, TemporaryFiles, fill, open_image
 from image_service.imagestore.steps import step
@@ -95,6 +96,7 @@ class ImageStore:
         """After the index was made or migrated: read from the files what it does not know."""
         if not self.index.is_complete():
             adopt_files(self)
+            adopt_oci_images(self)
             self.index.set_complete()
 
     def close(self) -> None:

@@ -1,0 +1,61 @@
+"""``mistify-image blobs``: container images into a content store, for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from image_service.imagestore.importing import import_image
+from image_service.imagestore.options import NAME_OPTION, STORE_OPTION, default_name, open_store
+from image_service.imagestore.steps import chain
+from imaging.errors import InvalidArgumentError, MistifyError
+from imaging.files import os_errors
+
+
+@click.group(name="blobs")
+def command() -> None:
+    """Put container images into a content store."""
+
+
+@command.command(name="import")
+@click.argument("file")
+@STORE_OPTION
+@NAME_OPTION
+@click.option("--latest", is_flag=True, help="Mark an app container as the latest of its name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: bool) -> None:
+    """Import FILE (- for standard input): an app container image (ACI) or an OCI image layout as a tar archive, packed or not.
+
+    Prints its key. Exit status 1 if it is refused; nothing is left of it then.
+    """
+    try:
+        with ExitStack() as stack:
+            source = _open(file, stack)
+            opened = stack.enter_context(open_store(store))
+            imported = import_image(opened, source, name=name or default_name(file), latest=latest or None)
+    except MistifyError as err:
+        if not as_json:
+            raise type(err)(chain(err)) from err
+        click.echo(json.dumps({"error": chain(err)}))
+        sys.exit(1)
+    if not as_json:
+        for image in imported:
+            click.echo(image.key)
+        return
+    first, *others = [image.to_wire() for image in imported]
+    click.echo(json.dumps(first | ({"others": others} if others else {})))
+
+
+def _open(file: str, stack: ExitStack) -> BinaryIO:
+    if file == "-":
+        return sys.stdin.buffer
+    path = Path(file)
+    with os_errors(f"cannot open {file}"):
+        if path.is_dir():
+            raise InvalidArgumentError(f"{file} is a directory; make a tar archive of it")
+        return stack.enter_context(path.open("rb", buffering=0))
