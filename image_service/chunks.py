@@ -16,22 +16,37 @@ from image_service.derive_cache import PackedValues
 from image_service.derive_work import Work
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
+from imaging.errors import BadDataError
 from imaging.kv.base import KeyValue
 
-CHUNK_BYTES = 4 << 20
-"""Small enough for several in a hypervisor's memory at once, large enough that a request each costs nothing; the list of a 1 GiB blob
-has 256 entries. Part of what is kept: a change needs another PREFIX."""
+CHUNK_MIN_BYTES = 1 << 20
+"""Small enough for many in a hypervisor's memory at once, large enough that hashing and asking for each costs nothing."""
+
+CHUNKS_MAX = 16 << 10
+"""Chunks of larger blobs (over 16 GiB) are larger, so that their lists stay below 2 MB of JSON."""
+
+CHUNK_MAX_BYTES = 4 << 20
+"""But not larger than this: from 64 GiB on lists grow again (29 MB for 1 TiB)."""
 
 PREFIX = "chunks/"
 
 DIGEST_BYTES = 32
+
+
+def chunk_bytes_of(size_bytes: int) -> int:
+    """The chunk size of a blob. Part of what is kept: a change needs another PREFIX."""
+    chunk_bytes = CHUNK_MIN_BYTES
+    while chunk_bytes < CHUNK_MAX_BYTES and size_bytes > chunk_bytes * CHUNKS_MAX:
+        chunk_bytes *= 2
+    return chunk_bytes
+
 
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkList:
-    """The chunks of one blob: all of CHUNK_BYTES but the last."""
+    """The chunks of one blob: all of one size but the last."""
 
     digest: Digest
     size_bytes: int
@@ -39,9 +54,10 @@ class ChunkList:
     """The sha256 of each, 32 bytes a chunk."""
 
     def __iter__(self) -> Iterator[Chunk]:
-        for number, offset in enumerate(range(0, self.size_bytes, CHUNK_BYTES)):
+        chunk_bytes = chunk_bytes_of(self.size_bytes)
+        for number, offset in enumerate(range(0, self.size_bytes, chunk_bytes)):
             own = self.packed[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
-            yield Chunk(offset=offset, length=min(CHUNK_BYTES, self.size_bytes - offset), sha256=own.hex())
+            yield Chunk(offset=offset, length=min(chunk_bytes, self.size_bytes - offset), sha256=own.hex())
 
     def to_json(self) -> bytes:
         """As the wire has it: a list of ``{"offset", "length", "sha256"}``."""
@@ -59,7 +75,8 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 class ChunkHasher:
     """Digests of the chunks of bytes that come by."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_MIN_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         self._done: list[bytes] = []
         self._current = hashlib.sha256()
         self._filled_bytes = 0
@@ -70,18 +87,20 @@ class ChunkHasher:
         view = memoryview(data)
         self.size_bytes += len(view)
         while view:
-            piece = view[: CHUNK_BYTES - self._filled_bytes]
+            piece = view[: self._chunk_bytes - self._filled_bytes]
             self._current.update(piece)
             self._filled_bytes += len(piece)
             view = view[len(piece) :]
-            if self._filled_bytes == CHUNK_BYTES:
+            if self._filled_bytes == self._chunk_bytes:
                 self._end_chunk()
 
-    def packed(self) -> bytes:
-        """After the last piece: the digests, one behind the other."""
+    def finish(self, digest: Digest) -> ChunkList | None:
+        """After the last piece of the blob ``digest``: its chunks; None if a blob of that size has larger ones."""
         if self._filled_bytes:
             self._end_chunk()
-        return b"".join(self._done)
+        if chunk_bytes_of(self.size_bytes) != self._chunk_bytes:
+            return None
+        return ChunkList(digest, self.size_bytes, b"".join(self._done))
 
     def _end_chunk(self) -> None:
         self._done.append(self._current.digest())
@@ -91,12 +110,15 @@ class ChunkHasher:
 
 def compute(blobs: BlobStore, info: BlobInfo, work: Work) -> ChunkList:
     """Read and verify a blob; its chunks. BadDataError if it is damaged."""
-    hasher = ChunkHasher()
+    hasher = ChunkHasher(chunk_bytes_of(info.size_bytes))
     with blobs.open(info.digest, verify=True) as reader:
         while piece := reader.read(READ_BYTES):
             hasher.update(piece)
             work.step(len(piece))
-    return ChunkList(info.digest, hasher.size_bytes, hasher.packed())
+    chunks = hasher.finish(info.digest)
+    if chunks is None:
+        raise BadDataError(f"the stored blob has another size than it had: {info.digest}")
+    return chunks
 
 
 class ChunkIndex:
@@ -107,7 +129,7 @@ class ChunkIndex:
 
     def find(self, info: BlobInfo) -> ChunkList | None:
         """The list of a blob, or None if it has to be computed."""
-        count = -(-info.size_bytes // CHUNK_BYTES)
+        count = -(-info.size_bytes // chunk_bytes_of(info.size_bytes))
         packed = self._values.find(info.digest.hex, count * DIGEST_BYTES)
         return None if packed is None else ChunkList(info.digest, info.size_bytes, packed)
 

@@ -89,7 +89,8 @@ class DerivedStore:
         self._blobs.lease(ref, [recipe.source, *([recipe.base] if recipe.base else [])], ttl_s=LEASE_TTL_S)
         try:
             info, chunks = self._write(recipe, work, ref)
-            self.chunks.save(chunks)
+            if chunks is not None:
+                self.chunks.save(chunks)
             self.index.save(recipe, info)
         finally:
             self._collector.forget(ref)
@@ -97,7 +98,7 @@ class DerivedStore:
         log.info("image derived", extra={"key": recipe.key, "size_bytes": info.size_bytes, "duration_s": seconds})
         return info
 
-    def _write(self, recipe: Recipe, work: Work, ref: str) -> tuple[BlobInfo, ChunkList]:
+    def _write(self, recipe: Recipe, work: Work, ref: str) -> tuple[BlobInfo, ChunkList | None]:
         hasher = ChunkHasher()
         limit = self._admission.size_max_bytes
         renew_at = time.monotonic() + LEASE_RENEW_S
@@ -117,7 +118,7 @@ class DerivedStore:
             except BaseException:
                 writer.abort()
                 raise
-        return info, ChunkList(info.digest, hasher.size_bytes, hasher.packed())
+        return info, hasher.finish(info.digest)
 
     def list_chunks(self, info: BlobInfo, work: Work) -> ChunkList:
         """A blob's chunks, computed if nobody has."""

@@ -10,7 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from image_service.chunks import CHUNK_BYTES, PREFIX, ChunkHasher, ChunkIndex, ChunkList
+from image_service.chunks import (
+    CHUNK_MAX_BYTES,
+    CHUNK_MIN_BYTES,
+    CHUNKS_MAX,
+    PREFIX,
+    ChunkHasher,
+    ChunkIndex,
+    ChunkList,
+    chunk_bytes_of,
+)
 from imaging.blobs.base import BlobInfo
 from imaging.digests import Digest
 from imaging.errors import BadDataError
@@ -36,10 +45,12 @@ def check(chunks: ChunkList, data: bytes) -> None:
         assert hashlib.sha256(piece).hexdigest() == entry["sha256"]
         offset += entry["length"]
     assert offset == len(data)
-    assert all(entry["length"] == CHUNK_BYTES for entry in entries[:-1])
+    assert all(entry["length"] == CHUNK_MIN_BYTES for entry in entries[:-1])
 
 
-@pytest.mark.parametrize("size_bytes", [1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 5])
+@pytest.mark.parametrize(
+    "size_bytes", [1, CHUNK_MIN_BYTES - 1, CHUNK_MIN_BYTES, CHUNK_MIN_BYTES + 1, 2 * CHUNK_MIN_BYTES + 5]
+)
 async def test_chunks_of_a_stored_blob_verify(world: DeriveWorld, size_bytes: int) -> None:
     data = random.Random(size_bytes).randbytes(size_bytes)
     info = world.add("img", data)
@@ -76,20 +87,28 @@ async def test_chunks_of_a_damaged_blob_are_refused(world: DeriveWorld) -> None:
 
 
 def test_hasher_does_not_care_how_bytes_come() -> None:
-    data = random.Random(7).randbytes(2 * CHUNK_BYTES + 99)
+    data = random.Random(7).randbytes(2 * CHUNK_MIN_BYTES + 99)
     rng = random.Random(8)
     hasher, position = ChunkHasher(), 0
     while position < len(data):
-        step = rng.randrange(1, CHUNK_BYTES * 2)
+        step = rng.randrange(1, CHUNK_MIN_BYTES * 2)
         hasher.update(data[position : position + step])
         position += step
-    check(ChunkList(Digest.of(data), hasher.size_bytes, hasher.packed()), data)
+    chunks = hasher.finish(Digest.of(data))
+    assert chunks is not None
+    check(chunks, data)
+
+
+def test_chunks_of_larger_blobs_are_larger_within_a_bound() -> None:
+    most = CHUNK_MIN_BYTES * CHUNKS_MAX
+    sizes = [chunk_bytes_of(size) for size in (0, 1, most, most + 1, 2 * most, 2 * most + 1, 1 << 50)]
+    assert sizes == [1 << 20, 1 << 20, 1 << 20, 2 << 20, 2 << 20, CHUNK_MAX_BYTES, CHUNK_MAX_BYTES]
 
 
 def test_index_keeps_long_lists_in_pages_and_finds_only_whole_ones(tmp_path: Path) -> None:
     count = 40_000
     packed = random.Random(1).randbytes(32 * count)
-    info = BlobInfo(Digest.of(b"large"), (count - 1) * CHUNK_BYTES + 1, 0.0)
+    info = BlobInfo(Digest.of(b"large"), (count - 1) * CHUNK_MAX_BYTES + 1, 0.0)
     other = BlobInfo(Digest.of(b"other"), 5, 0.0)
     with SqliteKeyValue(tmp_path / "kv.db") as store:
         index = ChunkIndex(store)
