@@ -28,6 +28,7 @@ pytestmark = pytest.mark.backend("zfs")
 
 VOLUMES_AT_ONCE = 300
 DEATHS = 8
+DEATH_TIMEOUT_S = 60.0
 DEVICE_TIMEOUT_S = 120.0
 SMALL_POOL_BYTES = 96 * MIB
 
@@ -214,7 +215,7 @@ def test_exported_pool_is_unavailable_until_it_is_back(small: ZfsDriver, tmp_pat
     root = small.pool.root
     make_volume(small, root / "v")
     take(small, (root / "v") @ "s")
-    run("zpool", "export", small.pool)
+    wait_until(lambda: _exported(small.pool), "udev to let go of the volume", timeout_s=120.0)
     for call in (
         lambda: small.create_filesystem(root / "f"),
         lambda: small.snapshot((root / "v") @ "t"),
@@ -228,6 +229,11 @@ def test_exported_pool_is_unavailable_until_it_is_back(small: ZfsDriver, tmp_pat
     wait_until(lambda: not _is_unavailable(small, root), "the driver to notice that the pool is back")
     assert small.get_snapshot((root / "v") @ "s").name.snapshot == "s"
     small.snapshot((root / "v") @ "t")
+
+
+def _exported(pool: PoolName) -> bool:
+    run("zpool", "export", pool, check=False)
+    return str(pool) not in run("zpool", "list", "-H", "-o", "name").split()
 
 
 def _is_unavailable(driver: ZfsDriver, root: DatasetName) -> bool:
@@ -293,3 +299,13 @@ def _run_and_kill(pool: PoolName, place: DatasetName, stream: Path, checkout: Pa
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(chance.random() * 2.0)
         process.send_signal(signal.SIGKILL)
+        try:
+            process.wait(DEATH_TIMEOUT_S)
+        except subprocess.TimeoutExpired as err:
+            raise AssertionError(f"the killed process does not end:\n{_kernel_stacks(process.pid)}") from err
+
+
+def _kernel_stacks(process: int) -> str:
+    """Where in the kernel the threads of a process wait."""
+    tasks = sorted(Path(f"/proc/{process}/task").iterdir())
+    return "\n".join(f"{task.name} {(task / 'comm').read_text()}{(task / 'stack').read_text()}" for task in tasks)

@@ -188,10 +188,14 @@ class ZfsStreams(ZfsSnapshots):
 
     def _discard(self, temporary: DatasetName, identity: str) -> None:
         """Destroy a temporary dataset of ours, if it is there at all and carries our mark."""
-        with contextlib.suppress(NotFoundError):
+        try:
             info = self._learn(temporary, snapshots=True)
             if info.properties.get(MARK) == identity:
                 self._destroy_temporary(temporary)
+        except NotFoundError:
+            log.debug("zfs_temporary_absent", extra={"dataset": str(temporary)})
+        except MistifyError:  # the pool went away: the next start looks again
+            log.warning("zfs_temporary_left", extra={"dataset": str(temporary)}, exc_info=True)
         self._index.remove(temporary)
 
     def _destroy_temporary(self, name: DatasetName) -> None:
