@@ -23,6 +23,7 @@ from imaging.errors import MistifyError, UnavailableError, from_os_error
 from rpc.auth import LOOPBACK, check_binding, is_loopback, load_token
 from rpc.logs import Style, configure_logging
 from rpc.notify import ServiceManager
+from rpc.resources import claim_resources
 from rpc.server import LIFECYCLE, Lifecycle, ServerSettings
 
 DRAIN_S = 9.0
@@ -39,6 +40,10 @@ BACKLOG = 1024
 
 LINGER_S = 2.0
 """How long to read on after an early answer (413, 401), so that the caller gets to see it."""
+
+IDLE_TIMEOUT_S = 120.0
+"""A connection without a whole request head for so long is closed: one that dawdles or died must not hold a descriptor for ever.
+Longer than clients keep idle connections (Go's 90 s), so that theirs is the decision."""
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,7 @@ class DaemonSettings:
     use_uvloop: bool = False
     """Faster calls, but no sendfile: on for RPC, off for serving files."""
     drain_s: float = DRAIN_S
+    idle_timeout_s: float = IDLE_TIMEOUT_S
 
 
 def run_daemon(settings: DaemonSettings, create: CreateApp) -> int:
@@ -71,6 +77,7 @@ def run_daemon(settings: DaemonSettings, create: CreateApp) -> int:
     The last thing a process does: ``drain_s`` after the signal the process ends, even if a thread hangs in a call.
     """
     stop_logging = configure_logging(settings.log_level, style=settings.log_style)
+    claim_resources()
     try:
         factory = uvloop.new_event_loop if settings.use_uvloop else None
         with asyncio.Runner(loop_factory=factory) as runner:
@@ -100,7 +107,11 @@ async def _live(settings: DaemonSettings, create: CreateApp) -> None:
     with contextlib.closing(listener):
         token = None if settings.token_file is None else load_token(settings.token_file)
         app = await create(_server_settings(settings, token))
-        async with _serving(app, listener) as site, _watchdog(manager), _announced(settings, listener, manager):
+        async with (
+            _serving(app, listener, settings.idle_timeout_s) as site,
+            _watchdog(manager),
+            _announced(settings, listener, manager),
+        ):
             await stop.wait()
             await _drain(app[LIFECYCLE], site, manager, settings.drain_s)
     log.info("ended")
@@ -152,9 +163,11 @@ def _listen(settings: DaemonSettings) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: web.Application, listener: socket.socket) -> AsyncIterator[web.BaseSite]:
+async def _serving(app: web.Application, listener: socket.socket, idle_timeout_s: float) -> AsyncIterator[web.BaseSite]:
     # handlers are not cancelled when their caller hangs up: what was asked for is done; leftovers at the end get a second
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, lingering_time=LINGER_S)
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=1.0, lingering_time=LINGER_S, keepalive_timeout=idle_timeout_s
+    )
     await runner.setup()
     try:
         site = web.SockSite(runner, listener, backlog=BACKLOG)

@@ -13,7 +13,7 @@ import click
 from aiohttp import web
 
 from imaging.errors import BusyError, NotFoundError, UnavailableError
-from rpc.daemon import DRAIN_S, run_daemon
+from rpc.daemon import DRAIN_S, IDLE_TIMEOUT_S, run_daemon
 from rpc.dispatch import Registry
 from rpc.messages import (
     Disk,
@@ -103,7 +103,8 @@ def main(**params: Any) -> None:
     use_uvloop = params.pop("uvloop")
     settings = daemon_settings(params, component="sample", version="1", use_uvloop=use_uvloop)
     drain_s = float(os.environ.get("DRAIN_S", DRAIN_S))
-    sys.exit(run_daemon(replace(settings, drain_s=drain_s), create_sample_app))
+    idle_timeout_s = float(os.environ.get("IDLE_TIMEOUT_S", IDLE_TIMEOUT_S))
+    sys.exit(run_daemon(replace(settings, drain_s=drain_s, idle_timeout_s=idle_timeout_s), create_sample_app))
 
 
 if __name__ == "__main__":

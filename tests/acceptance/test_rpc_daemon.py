@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from rpc.notify import STATUS_MAX_CHARS, ServiceManager
+from rpc.resources import OPEN_FILES_MAX
 from tests.waiting import wait_until
 
 TIMEOUT_S = 60
@@ -292,6 +295,44 @@ def test_manager_gets_one_line_of_status(manager: Manager) -> None:
     (line,) = manager.read()
     assert line.startswith("STATUS=pulling READY=1 x")
     assert len(line) == len("STATUS=") + STATUS_MAX_CHARS
+
+
+# -- connections ----------------------------------------------------------------------------------------------------------
+
+
+def _open_files_max(pid: int | str) -> int:
+    """The soft limit of a process."""
+    return resource.prlimit(int(pid), resource.RLIMIT_NOFILE)[0]
+
+
+def test_limit_on_open_files_is_raised_as_far_as_allowed(run: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(OPEN_FILES_MAX, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        sample = run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert _open_files_max(sample.start().process.pid) == wanted
+
+
+@pytest.mark.parametrize("uvloop", [True, False])
+@pytest.mark.parametrize("said", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc"], ids=["nothing", "half a head"])
+def test_connection_without_a_request_is_closed_after_a_while(run: Any, said: bytes, *, uvloop: bool) -> None:
+    sample = run(*(["--uvloop"] if uvloop else []), IDLE_TIMEOUT_S="0.5").start()
+    host, _, port = sample.base.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as idle:
+        idle.sendall(said)
+        assert idle.recv(1) == b""
+
+
+def test_many_idle_connections_leave_room_for_calls(run: Any) -> None:
+    sample = run("--uvloop").start()
+    host, _, port = sample.base.removeprefix("http://").rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(600):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=TIMEOUT_S))
+        assert sample.get("/healthz") == "ok\n"
 
 
 @pytest.mark.parametrize(
