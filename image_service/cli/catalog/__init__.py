@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from image_service.cli.catalog import lookup
+from image_service.cli.catalog import lookup, subscribed
 
 
 @click.group(name="catalog")
@@ -15,5 +15,7 @@ def command() -> None:
     """Look up, check, import and mirror images of simplestreams catalogues."""
 
 
-for _each in (lookup.fetch, lookup.validate, lookup.product_ids, lookup.url, lookup.marshal):
-    command.add_command(_each)
+for _module in (lookup, subscribed):
+    for _each in vars(_module).copy().values():
+        if isinstance(_each, click.Command):
+            command.add_command(_each)
