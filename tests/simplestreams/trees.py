@@ -61,9 +61,13 @@ def default_products(base: Path) -> dict[str, Any]:
 
 def write_tree(base: Path, products: dict[str, Any], *, updated: str = DATE, signer: str = "") -> Path:
     """Write products and index; signed in both forms if ``signer`` names a key."""
-    document = {"format": "products:1.0", "content_id": "ubuntu", "datatype": "image-downloads", "license": "free"}
+    document: dict[str, Any] = {"format": "products:1.0", "content_id": "ubuntu", "datatype": "image-downloads", "license": "free"}
     document |= {"products": products, "updated": updated}
-    entry = {"format": "products:1.0", "datatype": "image-downloads", "path": "streams/v1/downloads.json"}
+    entry: dict[str, Any] = {
+        "format": "products:1.0",
+        "datatype": "image-downloads",
+        "path": "streams/v1/downloads.json",
+    }
     index = {"format": "index:1.0", "updated": updated, "index": {"ubuntu": entry | {"products": sorted(products)}}}
     streams = base / "streams" / "v1"
     streams.mkdir(parents=True, exist_ok=True)
