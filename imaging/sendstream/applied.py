@@ -4,10 +4,13 @@ Beside the volume stands a small JSON file, ``VOLUME.stream.json``: the state af
 is applied to a private copy that shares the old one's blocks where the file system can, and takes the volume's name only when
 all of it was verified: a failed apply leaves the old volume as it was. A block device cannot be replaced; it is marked as
 incomplete before the first change, and the mark goes only after END was verified.
+
+One apply at a time: a second one onto the same volume is told so at once.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from pathlib import Path
 
 from imaging.compression import Readable
 from imaging.digests import Digest
-from imaging.errors import AlreadyExistsError, BadDataError, ConflictError, WrongKindError
+from imaging.errors import AlreadyExistsError, BadDataError, BusyError, ConflictError, WrongKindError
 from imaging.files import atomic_write_json, copy_file, durable_file, os_errors, read_json
 from imaging.sendstream.image import hash_image
 from imaging.sendstream.receiving import apply_stream
@@ -69,7 +72,8 @@ class AppliedVolume:
         if not self.path.exists():
             return None
         candidates = [AppliedState.from_wire(wire[name]) for name in ("pending", "current") if wire.get(name)]
-        if not wire.get("pending") and candidates and self._stamp() == wire.get("stamp"):
+        # A device shows no time of its last write that one could rely on.
+        if not wire.get("pending") and candidates and not self._is_device() and self._stamp() == wire.get("stamp"):
             return candidates[0]
         return self._recognise(candidates)
 
@@ -83,10 +87,15 @@ class AppliedVolume:
     ) -> AppliedState:
         """Apply a stream; see :func:`~imaging.sendstream.volume.apply_stream` for its errors.
 
-        A full stream makes a new volume: AlreadyExistsError if there is one, unless ``replace`` allows to discard it.
+        A full stream makes a new volume: AlreadyExistsError if there is one, unless ``replace`` allows to discard it. BusyError:
+        another process is applying a stream to this volume.
         """
         if self.path.exists() and not self.path.is_file() and not self._is_device():
             raise WrongKindError(f"neither a file nor a block device: {self.path}")
+        with self._alone():
+            return self._apply(source, dataset, limits, replace=replace)
+
+    def _apply(self, source: Readable, dataset: str | None, limits: Limits, *, replace: bool) -> AppliedState:
         base = None if replace else self.find()
         if base is None and not replace and self._has_content():
             raise AlreadyExistsError(f"there is something that no stream made: {self.path}")
@@ -114,6 +123,35 @@ class AppliedVolume:
             after = AppliedState(state, hash_image(fd, state.volsize_bytes))
         self._record(after)
         return after
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the volume's lock: on a device itself, for a file (which a rename replaces) on a file beside it that goes afterwards."""
+        lock_path = self.path if self._is_device() else self.path.with_name(f".{self.path.name}.lock")
+        flags = os.O_RDONLY if self._is_device() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        fd = self._lock(lock_path, flags)
+        try:
+            yield
+        finally:
+            if lock_path != self.path:
+                lock_path.unlink(missing_ok=True)  # before the lock goes: who waits for nothing finds a new one
+            os.close(fd)
+
+    def _lock(self, lock_path: Path, flags: int) -> int:
+        while True:
+            with os_errors(f"cannot lock {self.path}"):
+                fd = os.open(lock_path, flags | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if _is_same_file(fd, lock_path):
+                        return fd
+                except BlockingIOError as err:
+                    os.close(fd)
+                    raise BusyError(f"another process is applying a stream to {self.path}") from err
+                except BaseException:
+                    os.close(fd)
+                    raise
+            os.close(fd)  # its last holder removed it between our open and our lock
 
     def _recognise(self, candidates: list[AppliedState]) -> AppliedState:
         """Which state the content shows; an interrupted publish leaves two to choose from."""
@@ -156,3 +194,11 @@ class AppliedVolume:
             yield fd
         finally:
             os.close(fd)
+
+
+def _is_same_file(fd: int, path: Path) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from image_service.cli import cli
 from tests.codec import samples
+from tests.waiting import wait_until
 
 PROGRAM = [sys.executable, "-c", "from image_service.cli import main; main()"]
 
@@ -179,6 +180,34 @@ def test_apply_through_a_link_keeps_link_and_mode(tmp_path: Path) -> None:
     assert (tmp_path / "v").is_symlink()
     assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "v.stream.json").exists()
+
+
+def test_apply_while_another_is_at_it_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    """Real processes: the first waits in the middle of its stream for bytes that come late."""
+    volume, data = tmp_path / "v", samples.load("plain-inc-s1-s2")
+    succeed("apply", sample("plain-full-s1"), volume)
+    args = [*PROGRAM, "stream", "apply", "-", str(volume), "--json"]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdin is not None
+        assert first.stdout is not None
+        first.stdin.write(data[:-1])
+        first.stdin.flush()
+        wait_until((tmp_path / ".v.lock").exists, "the first apply holds the volume")
+        assert "another process is applying a stream" in fail("apply", sample("plain-inc-s1-s2"), volume)
+        (tmp_path / "w").symlink_to(volume)
+        assert "another process" in fail("apply", sample("plain-full-s1"), tmp_path / "w", "--force")
+        first.stdin.write(data[-1:])
+        first.stdin.close()
+        assert json.loads(first.stdout.read()) == samples.manifest()["plain-inc-s1-s2"]["result"]
+        assert first.wait(timeout=60) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"v", "v.stream.json", "w"}
+    assert succeed("apply", sample("plain-inc-s2-s3-shrink"), volume)
+
+
+def test_apply_finds_a_lock_file_nobody_holds_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".v.lock").touch()  # what a killed apply leaves
+    assert succeed("apply", sample("gen-empty"), tmp_path / "v")
+    assert not (tmp_path / ".v.lock").exists()
 
 
 def test_apply_finds_the_state_when_publishing_was_cut_off(tmp_path: Path) -> None:
