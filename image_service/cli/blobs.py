@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
+from image_service.imagestore.fetching import Downloader, PullPolicy
 from image_service.imagestore.importing import import_image
 from image_service.imagestore.options import NAME_OPTION, STORE_OPTION, default_name, open_store
 from image_service.imagestore.steps import chain
@@ -49,6 +50,23 @@ def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: b
         return
     first, *others = [image.to_wire() for image in imported]
     click.echo(json.dumps(first | ({"others": others} if others else {})))
+
+
+@command.command()
+@click.argument("url")
+@STORE_OPTION
+@click.option("--pull-policy", type=click.Choice(list(PullPolicy)), default=PullPolicy.UPDATE.value, show_default=True)
+@click.option("--latest", is_flag=True, help="Mark the image as the latest of its name.")
+def fetch(url: str, store: str, pull_policy: str, *, latest: bool) -> None:
+    """Fetch an app container image from URL and print its key.
+
+    "new" takes what the store has from this URL, "update" asks the source once that is older than the source allowed, "never" does not ask.
+    """
+    with open_store(store) as opened, closing(Downloader(opened)) as downloader:
+        try:
+            click.echo(downloader.fetch(url, policy=PullPolicy(pull_policy), latest=latest or None))
+        except MistifyError as err:
+            raise type(err)(chain(err)) from err
 
 
 def _open(file: str, stack: ExitStack) -> BinaryIO:

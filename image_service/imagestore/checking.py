@@ -23,7 +23,7 @@ from imaging.aci import ImageManifest, canonical_json, parse_manifest
 from imaging.aci_image import read_manifest
 from imaging.digests import Digest, MultiHasher
 from imaging.errors import BadDataError, StoreRemovalError, TooLargeError
-from imaging.files import atomic_write_bytes, os_errors
+from imaging.files import os_errors
 
 if TYPE_CHECKING:
     from image_service.imagestore.store import ImageStore
@@ -132,7 +132,7 @@ class StoreCheck:
         document = canonical_json(manifest)
         if not path.exists() or path.read_bytes() != document:
             if repair:
-                atomic_write_bytes(path, document, mode=MANIFEST_MODE)
+                self._store.temporaries.publish_bytes(document, path, mode=MANIFEST_MODE)
             findings.append(
                 Finding(info.blob_key, "the manifest is missing or not the image's", "written anew" if repair else "")
             )
@@ -242,7 +242,7 @@ def _adopt(store: ImageStore, key: str) -> bool:
     if manifest is None or hash_to_key(digest) != key:
         return False  # not an image any more; verify says so
     stat, document = path.stat(), canonical_json(manifest)
-    atomic_write_bytes(store.layout.manifest(key), document, mode=MANIFEST_MODE)
+    store.temporaries.publish_bytes(document, store.layout.manifest(key), mode=MANIFEST_MODE)
     fresh = AciInfo(
         blob_key=key,
         name=manifest.name,

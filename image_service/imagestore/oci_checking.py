@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from image_service.imagestore.oci_images import LOCK, OciImage, OciImages, save_
 from image_service.imagestore.oci_reading import collect_parts
 from imaging.digests import Digest, MultiHasher
 from imaging.errors import BadDataError
-from imaging.files import os_errors
+from imaging.files import TEMPORARY_PREFIX, os_errors
 from imaging.oci import Descriptor, ImageReference, check_content
 
 if TYPE_CHECKING:
@@ -39,11 +39,20 @@ class OciCheck:
     def verify(self, *, repair: bool = False, digests: bool = True) -> list[Finding]:
         """Compare rows and files, both ways; with ``digests`` also every part with its name."""
         with self._store.locks.hold(LOCK, exclusive=True):
-            findings = []
+            findings = [*self._sweep(repair=repair)]
             for image in self._images.list():
                 findings += self._verify_image(image, repair=repair, digests=digests)
             findings += self._verify_tags(repair=repair)
             return findings + self._verify_strays(repair=repair)
+
+    def _sweep(self, *, repair: bool) -> Iterator[Finding]:
+        """Files being written by who holds the lock we hold: by nobody, that is."""
+        folders = [self._store.layout.oci_blobs.glob(f"*/{TEMPORARY_PREFIX}*")]
+        folders.append(self._images.tag_files.directory.glob(f"{TEMPORARY_PREFIX}*"))
+        for path in [path for found in folders for path in sorted(found)]:
+            if repair:
+                path.unlink(missing_ok=True)
+            yield Finding("", f"temporary file of a dead process: {path.name}", "removed" if repair else "")
 
     def verify_image(self, image: OciImage, *, repair: bool = False, digests: bool = True) -> list[Finding]:
         """One image."""

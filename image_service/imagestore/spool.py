@@ -23,7 +23,7 @@ from imaging.aci_image import HEAD_BYTES, detect_compression
 from imaging.compression import Compression, DecompressingReader, DecompressionLimits, Readable
 from imaging.digests import Digest, MultiHasher
 from imaging.errors import BadDataError
-from imaging.files import TEMPORARY_PREFIX, os_errors, start_writeback, write_all
+from imaging.files import TEMPORARY_PREFIX, os_errors, publish, start_writeback, write_all
 from imaging.tarball import CUT_OFF
 
 NAMED_PREFIX = "named-"
@@ -95,6 +95,15 @@ class TemporaryFiles:
             yield Temporary(fd, path)
         finally:
             os.close(fd)
+
+    def publish_bytes(self, data: bytes, target: Path, *, mode: int) -> None:
+        """Replace (or make) a small file of the store durably."""
+        with self.file() as temporary:
+            with os_errors(f"cannot write {target}"):
+                write_all(temporary.fd, data, 0)
+                os.fchmod(temporary.fd, mode)
+                os.fsync(temporary.fd)
+            publish(temporary.path, target)
 
     def sweep(self) -> list[str]:
         """Remove what the dead left, and named files nobody came back for; their names."""

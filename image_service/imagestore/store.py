@@ -33,7 +33,7 @@ from imaging.aci_types import shown
 from imaging.compression import DecompressionLimits, Readable
 from imaging.digests import Digest
 from imaging.errors import InvalidArgumentError, MistifyError, NotFoundError, StoreRemovalError
-from imaging.files import atomic_write_bytes, os_errors, publish
+from imaging.files import os_errors, publish
 
 BLOB_MODE = 0o600
 MANIFEST_MODE = 0o660
@@ -174,7 +174,7 @@ class ImageStore:
         with step("error marshalling image manifest"):
             document = canonical_json(manifest)
         with step("error importing image manifest"):
-            atomic_write_bytes(self.layout.manifest(info.blob_key), document, mode=MANIFEST_MODE)
+            self.temporaries.publish_bytes(document, self.layout.manifest(info.blob_key), mode=MANIFEST_MODE)
         with step("error writing ACI Info"):
             self.infos.save(info, manifest.label_values, latest=latest)
 

@@ -239,7 +239,7 @@ def test_import_from_a_source_that_breaks_leaves_nothing(store: ImageStore) -> N
 
 FAILING_STEPS: list[tuple[str, str]] = [
     ("error importing image", "publish"),
-    ("error importing image manifest", "atomic_write_bytes"),
+    ("error importing image manifest", "TemporaryFiles.publish_bytes"),
     ("error marshalling image manifest", "canonical_json"),
     ("error copying image", "fill"),
 ]
