@@ -53,6 +53,8 @@ def _stream_input(name: str) -> Iterator[Readable]:
     """The stream's bytes, decompressed."""
     with ExitStack() as stack:
         if name == "-":
+            if sys.stdin is None:
+                raise InvalidArgumentError("standard input is closed")
             source: Readable = sys.stdin.buffer
         else:
             with os_errors(f"cannot open {name}"):
@@ -185,6 +187,7 @@ def make(
 ) -> None:
     """Make a stream of a raw disk image. The same input gives the same bytes."""
     check_block_size(volblocksize)
+    _check_output(output, raw, older)
     with ExitStack() as stack:
         image = stack.enter_context(_Raw.open(raw))
         base = stack.enter_context(_Raw.open(older)) if older else None
@@ -226,6 +229,18 @@ class _Raw:
     def guid(self, block_bytes: int) -> int:
         """The same for the same content, so that an increment fits the full stream of its older image."""
         return derive_guid(hash_image(self.fd, padded_size(self.size_bytes, block_bytes)), block_bytes)
+
+
+def _check_output(output: str, raw: Path, older: Path | None) -> None:
+    """Refuse to replace an image by its own stream."""
+    if output == "-":
+        if sys.stdout is None:
+            raise InvalidArgumentError("standard output is closed")
+        return
+    path = Path(output)
+    for image in (raw, older):
+        if image is not None and path.exists() and image.exists() and path.samefile(image):
+            raise InvalidArgumentError(f"the stream would replace the image it is made of: {output}")
 
 
 def _int(value: object) -> int:

@@ -55,6 +55,8 @@ class AppliedVolume:
 
     def __init__(self, path: Path, sidecar: Path | None = None) -> None:
         self.path = Path(os.path.realpath(path))  # a rename must not replace a link by the volume
+        if not path.name or path.name == "..":
+            raise WrongKindError(f"neither a file nor a block device: {path}")
         self.sidecar = sidecar or path.with_name(path.name + SIDECAR_SUFFIX)
 
     def find(self) -> AppliedState | None:

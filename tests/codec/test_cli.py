@@ -20,6 +20,11 @@ from tests.waiting import wait_until
 PROGRAM = [sys.executable, "-c", "from image_service.cli import main; main()"]
 
 
+def environment() -> dict[str, str]:
+    """For a program that runs elsewhere: it finds the source all the same."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
 def run(*args: object, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(cli, ["stream", *map(str, args)], input=stdin)
 
@@ -161,7 +166,7 @@ def test_apply_full_stream_onto_something_needs_force(tmp_path: Path) -> None:
 
 def test_apply_onto_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for volume in (tmp_path, tmp_path / "pipe"):
+    for volume in (tmp_path, tmp_path / "pipe", ".", "..", "/", tmp_path / ".."):
         assert "neither a file nor a block device" in fail("apply", sample("gen-empty"), volume, "--force")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -314,6 +319,27 @@ def test_make_of_what_cannot_be_made_fails_and_leaves_nothing(tmp_path: Path, ra
     assert "No such file" in fail("make", tmp_path / "missing", "-o", tmp_path / "s")
     assert "--from" in fail("make", raw, "-o", tmp_path / "s", "--from-guid", 5)
     assert not (tmp_path / "s").exists()
+
+
+def test_make_never_replaces_an_image_by_its_stream(tmp_path: Path, raw: Path) -> None:
+    before, link = digest(raw), tmp_path / "link"
+    link.symlink_to(raw)
+    for output in (raw, link):
+        assert "would replace the image" in fail("make", raw, "-o", output)
+        assert "would replace the image" in fail("make", sample("gen-empty"), "--from", raw, "-o", output)
+    assert digest(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "closed"), [(["verify", "-"], 0), (["apply", "-", "v"], 0), (["make", "a.raw", "-o", "-"], 1)]
+)
+def test_program_with_a_closed_standard_stream_says_so(tmp_path: Path, raw: Path, args: list[str], closed: int) -> None:
+    assert raw.parent == tmp_path
+    redirect = {0: "<&-", 1: ">&-"}[closed]
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", *PROGRAM, "stream", *args]
+    result = subprocess.run(command, stderr=subprocess.PIPE, cwd=tmp_path, env=environment(), timeout=60, check=False)
+    assert (result.returncode, result.stderr.count(b"\n")) == (1, 1), result.stderr
+    assert b"is closed" in result.stderr
 
 
 def test_apply_of_a_compressed_stream_that_is_damaged_fails(tmp_path: Path) -> None:
