@@ -17,15 +17,16 @@ import msgspec
 
 from agent_image.drivers.base import Readable
 from agent_image.fetch_content import check_raw, decompressed, stream_snapshot
-from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
+from agent_image.fetch_http import CancelToken, FetchLimits
+from agent_image.fetch_offers import Body, Offer, Offers
 from agent_image.fetch_pipe import ReadAhead, first_failure
 from agent_image.fetch_raw import stream_of_raw
 from agent_image.fetch_server import ImageServer, check_source
 from agent_image.guests_space import SpaceLedger
 from agent_image.store_images import PROPERTY_IMAGE, Images, mark, parse_image_id
 from imaging.digests import Digest, MultiHasher
-from imaging.errors import BadDataError, MistifyError, NotFoundError
-from imaging.names import DatasetName
+from imaging.errors import BadDataError, MistifyError, NoSpaceError, NotFoundError, UnavailableError
+from imaging.names import DatasetName, SnapshotName
 
 RAW_SNAPSHOT = "image"
 """Snapshot of an image that came as a raw disk; a stream brings its own name."""
@@ -79,7 +80,7 @@ class Fetcher:
     ) -> None:
         self._images = images
         self._driver = images.pool.driver
-        self._server = server
+        self._offers = Offers(images, server, limits)
         self._limits = limits
         self._ledger = ledger
         self._count_bytes = count_bytes
@@ -114,9 +115,26 @@ class Fetcher:
             return  # nothing was left
 
     def _download(self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress) -> None:
-        url = self._server.url(order.id, order.source)
+        """In the best form the source has; a form that is refused, or does not fit what is here, is followed by the next."""
+        for offer in self._offers.of(order, cancel):
+            try:
+                self._take(order, offer, incoming, cancel, progress)
+            except (UnavailableError, NoSpaceError):
+                raise
+            except MistifyError as err:
+                cancel.check()
+                if offer.is_last:
+                    raise
+                log.info("a form of an image is passed over", extra={"image_id": order.id, "why": err.message})
+                self._clear(incoming)
+            else:
+                return
+
+    def _take(
+        self, order: FetchOrder, offer: Offer, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress
+    ) -> None:
         with ExitStack() as stack:
-            body = stack.enter_context(HttpBody(url, self._limits, cancel, self._server.headers_for(url)))
+            body = stack.enter_context(offer.open())
             # What is announced must fit now. Zeros and packed data make it more or less; the pool itself has the last word.
             promise = stack.enter_context(self._ledger.promise(body.expected_bytes or 0))
             progress.received_bytes, progress.expected_bytes = 0, body.expected_bytes
@@ -129,20 +147,22 @@ class Fetcher:
                 promise.taken(len(piece))
                 self._count_bytes(len(piece))
 
-            snapshot = self._store(body, incoming, watch)
+            snapshot = self._store(body, incoming, watch, offer.origin)
             for expected in (wanted, body.digest):
                 _check_digest(body.url, hasher, expected)
             cancel.check()
             facts = mark(
                 order.id,
                 snapshot,
-                kind=order.type or body.type,
-                source=order.source and url,
-                digest=str(hasher.digest()),
+                kind=order.type or body.type or offer.kind,
+                source=order.source and offer.url,
+                digest=offer.digest or str(hasher.digest()),
             )
-            self._driver.set_properties(incoming, facts)
+            self._driver.set_properties(incoming, {**facts, **offer.facts})
 
-    def _store(self, body: HttpBody, incoming: DatasetName, watch: Callable[[bytes], None]) -> str:
+    def _store(
+        self, body: Body, incoming: DatasetName, watch: Callable[[bytes], None], origin: SnapshotName | None
+    ) -> str:
         """Everything up to the end of the body; the snapshot's name."""
         stages: list[ReadAhead] = []
         with ExitStack() as stack:
@@ -153,7 +173,7 @@ class Fetcher:
             try:
                 plain = self._unpack(network, stages, stack)
                 size_bytes = body.expected_bytes if plain is network else None
-                snapshot = self._write(plain, incoming, size_bytes)
+                snapshot = self._write(plain, incoming, size_bytes, origin)
                 _drain(network)
             except MistifyError as err:
                 failure = first_failure(stages, err)
@@ -169,10 +189,12 @@ class Fetcher:
         stages.append(ReadAhead(unpacked, "fetch-decompress"))
         return stack.enter_context(stages[-1])
 
-    def _write(self, plain: ReadAhead, incoming: DatasetName, size_bytes: int | None) -> str:
+    def _write(
+        self, plain: ReadAhead, incoming: DatasetName, size_bytes: int | None, origin: SnapshotName | None
+    ) -> str:
         snapshot = stream_snapshot(plain)
         if snapshot is not None:
-            self._receive(plain, incoming, snapshot)
+            self._receive(plain, incoming, snapshot, origin)
             return snapshot
         check_raw(plain)
         stream = stream_of_raw(
@@ -184,8 +206,10 @@ class Fetcher:
         self._receive(stream, incoming, RAW_SNAPSHOT)
         return RAW_SNAPSHOT
 
-    def _receive(self, stream: Readable, incoming: DatasetName, snapshot: str) -> None:
-        info = self._driver.receive(incoming @ snapshot, stream)
+    def _receive(
+        self, stream: Readable, incoming: DatasetName, snapshot: str, origin: SnapshotName | None = None
+    ) -> None:
+        info = self._driver.receive(incoming @ snapshot, stream, origin=origin)
         if info.volsize_bytes is None:
             raise BadDataError("the image is the stream of a filesystem, not of a volume")
 

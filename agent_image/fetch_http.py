@@ -35,9 +35,9 @@ REDIRECTS_MAX = 5
 RESUMES_MAX = 5
 """Broken connections in a row, without a byte between them, before the attempt is given up."""
 
-_RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRYABLE_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TEXT_TYPES = re.compile(r"(text/|application/(json|xml|xhtml))")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
 _DIGEST_HEADERS = ("X-Image-Digest", "X-Content-Digest", "ETag")
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,11 @@ class FetchLimits:
     """Before a broken connection is made again."""
 
 
-class _Shuttable(Protocol):
-    def shutdown(self) -> None: ...
+class Shuttable(Protocol):
+    """A connection that another thread can end."""
+
+    def shutdown(self) -> None:
+        """Wake whoever waits for it."""
 
 
 class CancelToken:
@@ -69,7 +72,7 @@ class CancelToken:
     def __init__(self) -> None:
         self._event = threading.Event()
         self._lock = threading.Lock()
-        self._waiting_on: _Shuttable | None = None
+        self._waiting_on: Shuttable | None = None
 
     @property
     def cancelled(self) -> bool:
@@ -81,7 +84,7 @@ class CancelToken:
         self._event.set()
         with self._lock:
             if self._waiting_on is not None:
-                _shut(self._waiting_on)
+                shut(self._waiting_on)
 
     def check(self) -> None:
         """ConflictError if the fetch is to stop."""
@@ -94,7 +97,7 @@ class CancelToken:
         self.check()
 
     @contextmanager
-    def closing(self, response: _Shuttable) -> Iterator[None]:
+    def closing(self, response: Shuttable) -> Iterator[None]:
         """While inside, ``cancel`` shuts this connection."""
         with self._lock:
             self._waiting_on = response
@@ -106,7 +109,8 @@ class CancelToken:
                 self._waiting_on = None
 
 
-def _shut(response: _Shuttable) -> None:
+def shut(response: Shuttable) -> None:
+    """End a connection; one that has ended already is fine."""
     try:
         response.shutdown()
     except (OSError, ValueError, RuntimeError, AttributeError) as err:
@@ -116,7 +120,7 @@ def _shut(response: _Shuttable) -> None:
 def status_error(status: int, url: str) -> MistifyError:
     """What a server's refusal means, in the words old clients know."""
     text = f"unexpected http response code: expected 200, received {status}, url: {url}"
-    if status in _RETRYABLE_STATUS:
+    if status in RETRYABLE_STATUS:
         return UnavailableError(text)
     known: Mapping[int, type[MistifyError]] = {
         401: NotPermittedError,
@@ -125,6 +129,22 @@ def status_error(status: int, url: str) -> MistifyError:
         410: NotFoundError,
     }
     return known.get(status, InvalidArgumentError)(text)
+
+
+def get_response(
+    session: requests.Session, url: str, headers: Mapping[str, str], limits: FetchLimits
+) -> requests.Response:
+    """One GET, answered as far as its headers; its body is still to be read. The error says what went wrong, in our words."""
+    try:
+        return session.get(url, headers=headers, stream=True, timeout=(limits.connect_s, limits.stall_s))
+    except requests.Timeout as err:
+        raise UnavailableError(f"timed out while asking for {url}") from err
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as err:
+        raise InvalidArgumentError(f"can't fetch from {url}: not a valid http URL") from err
+    except requests.TooManyRedirects as err:
+        raise BadDataError(f"more than {REDIRECTS_MAX} redirects from {url}") from err
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as err:
+        raise UnavailableError(f"can't reach {url}") from err
 
 
 class HttpBody:
@@ -146,7 +166,7 @@ class HttpBody:
         self._cancel = cancel
         self._headers = dict(headers) | {"Accept-Encoding": "identity"}
         self._deadline = time.monotonic() + limits.total_s
-        self._session = _session()
+        self._session = open_session()
         self._raw: urllib3.HTTPResponse | None = None
         self._etag = ""
         self._failures = 0
@@ -170,7 +190,7 @@ class HttpBody:
         """From another thread: no more bytes are wanted; a ``read`` that waits for the network ends."""
         self._closed = True
         if self._raw is not None:
-            _shut(self._raw)
+            shut(self._raw)
 
     def close(self) -> None:
         """Release the connection; idempotent."""
@@ -185,7 +205,7 @@ class HttpBody:
         self._refuse_text(response)
         length = response.headers.get("Content-Length", "")
         self.expected_bytes = int(length) if length.isdigit() else None
-        self.digest = _announced_digest(response.headers)
+        self.digest = announced_digest(response.headers)
         self.type = response.headers.get("X-Image-Type", "")
         etag = response.headers.get("ETag", "")
         self._etag = etag if etag.startswith('"') else ""
@@ -198,17 +218,7 @@ class HttpBody:
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
         """One request; its raw body becomes the current one."""
         self._cancel.check()
-        timeout = (self._limits.connect_s, self._limits.stall_s)
-        try:
-            response = self._session.get(self.url, headers=self._headers | dict(headers), stream=True, timeout=timeout)
-        except requests.Timeout as err:
-            raise UnavailableError(f"timed out while asking for {self.url}") from err
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as err:
-            raise InvalidArgumentError(f"can't fetch from {self.url}: not a valid http URL") from err
-        except requests.TooManyRedirects as err:
-            raise BadDataError(f"more than {REDIRECTS_MAX} redirects from {self.url}") from err
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as err:
-            raise UnavailableError(f"can't reach {self.url}") from err
+        response = get_response(self._session, self.url, self._headers | dict(headers), self._limits)
         self._raw = response.raw
         return response
 
@@ -270,7 +280,7 @@ class HttpBody:
             response = self._get({"Range": f"bytes={self.received_bytes}-", "If-Range": self._etag})
         except UnavailableError:
             return  # the next read fails at once and comes back here, until the failures are too many
-        if response.status_code in _RETRYABLE_STATUS:
+        if response.status_code in RETRYABLE_STATUS:
             response.close()
             self._raw = None
         elif not self._is_rest(response):
@@ -278,21 +288,22 @@ class HttpBody:
 
     def _is_rest(self, response: requests.Response) -> bool:
         """Whether the answer is exactly the bytes that are missing."""
-        match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+        match = CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
         if response.status_code != requests.codes.partial_content or match is None:
             return False
         total = None if match[3] == "*" else int(match[3])
         return int(match[1]) == self.received_bytes and total in {None, self.expected_bytes}
 
 
-def _session() -> requests.Session:
+def open_session() -> requests.Session:
+    """Connections of one thread."""
     session = requests.Session()
     session.trust_env = False  # neither ~/.netrc nor a proxy of the environment: sources are named by the caller
     session.max_redirects = REDIRECTS_MAX
     return session
 
 
-def _announced_digest(headers: Mapping[str, str]) -> Digest | None:
+def announced_digest(headers: Mapping[str, str]) -> Digest | None:
     """The digest a server gives for the body, in a header of its own or as a strong ETag ``"sha256:..."``."""
     for name in _DIGEST_HEADERS:
         value = headers.get(name, "").strip().strip('"').lower()

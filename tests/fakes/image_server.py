@@ -61,6 +61,7 @@ class FakeImageServer:
         """Bodies that were read to the end: the client closed in good order. A client that dies with bytes unread resets."""
         self._at_work = 0
         self.seen_headers: list[dict[str, str]] = []
+        """Of requests for what is served."""
         self.closing = threading.Event()
         self._http = _Server(("127.0.0.1", port), _Handler)
         self._http.fake = self
@@ -147,8 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, fake: FakeImageServer) -> None:
         self.close_connection = True
         fake.note(fake.requests, self.path)
-        fake.seen_headers.append(dict(self.headers))
         served = fake.find(self.path)
+        if served is not None:
+            fake.seen_headers.append(dict(self.headers))
         if served is None:
             self._refuse(404)
         elif served.failures:

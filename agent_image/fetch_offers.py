@@ -1,0 +1,151 @@
+"""In which forms an image can be had, the best first.
+
+From the image service: an increment onto an older version that is here, then the full volume stream, then the bytes as they are stored;
+all by chunks that are verified before they are used. From anywhere else, and where the service knows no chunks: the bytes as they
+come, verified as a whole.
+
+An older version is an image here that has the same name (or that the service names as the origin). Whether it fits is not guessed: the
+stream says the guid it builds on, and the driver refuses another one before anything is written.
+
+Whoever asks for a digest gets exactly the bytes that have it: then nothing is derived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from agent_image.fetch_chunks import ChunkedBody, RangeBudget
+from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
+from agent_image.fetch_server import ImageServer
+from agent_image.fetch_service import Form, ServiceImage, ServiceQuestions
+from agent_image.store_images import PROPERTY_IMAGE, PROPERTY_SNAPSHOT, Images
+from imaging.digests import Digest
+from imaging.names import SnapshotName
+
+PROPERTY_NAME = "mistify:name"
+"""What the image service calls an image; its versions share it."""
+
+BASES_MAX = 2
+"""Older versions that are tried before the full stream is taken: each costs a round trip and a derivation."""
+
+NAME_MAX_BYTES = 1024
+"""What every version of ZFS takes as the value of a user property."""
+
+
+class Body(Protocol):
+    """The bytes of one form."""
+
+    url: str
+    expected_bytes: int | None
+    digest: Digest | None
+    """What they are as a whole."""
+    type: str
+    """What the server says the image is for."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to ``size`` bytes; empty at the end."""
+
+    def wake(self) -> None:
+        """From another thread: no more bytes are wanted."""
+
+
+class Wanted(Protocol):
+    """What the offers need to know of an order."""
+
+    @property
+    def id(self) -> str:
+        """The image."""
+
+    @property
+    def source(self) -> str:
+        """Where it is; empty for the image service's own."""
+
+    @property
+    def digest(self) -> str:
+        """What its bytes must be; empty if any will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One form: how to open its bytes, and what is known of the image then."""
+
+    url: str
+    open: Callable[[], AbstractContextManager[Body]]
+    origin: SnapshotName | None = None
+    """The snapshot an increment is received onto."""
+    digest: str = ""
+    """Of the image as the service stores it, if these bytes are made from it."""
+    kind: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Properties of the image's dataset."""
+    is_last: bool = False
+
+
+class Offers:
+    """See the module's docstring; blocking."""
+
+    def __init__(self, images: Images, server: ImageServer, limits: FetchLimits) -> None:
+        self._images = images
+        self._driver = images.pool.driver
+        self._server = server
+        self._limits = limits
+        self._budget = RangeBudget()
+
+    def of(self, order: Wanted, cancel: CancelToken) -> Iterator[Offer]:
+        """The offers for an order, the last of which is always the bytes as they come."""
+        url = self._server.url(order.id, order.source)
+        questions = ServiceQuestions(self._server, self._limits, cancel)
+        found = questions.find_image(url)
+        facts: Mapping[str, str] = {}
+        if found is not None:
+            base_url, image = found
+            facts = _facts(image)
+            if not order.digest:
+                for base_id, origin in self._bases(order.id, image):
+                    form = Form(base_url, image.id, {"format": "zvol", "from": base_id})
+                    yield self._derived(form, image, questions, cancel, origin)
+                yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, questions, cancel)
+            yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel)
+        headers = self._server.headers_for(url)
+        yield Offer(url, lambda: HttpBody(url, self._limits, cancel, headers), facts=facts, is_last=True)
+
+    def _chunked(self, form: Form, image: ServiceImage, questions: ServiceQuestions, cancel: CancelToken) -> Offer:
+        headers = self._server.headers_for(form.download_url)
+
+        def open_body() -> ChunkedBody:
+            chunks = questions.get_chunks(form)
+            return ChunkedBody(form.download_url, chunks, self._limits, cancel, headers, self._budget)
+
+        return Offer(form.download_url, open_body, kind=image.type, facts=_facts(image))
+
+    def _derived(
+        self,
+        form: Form,
+        image: ServiceImage,
+        questions: ServiceQuestions,
+        cancel: CancelToken,
+        origin: SnapshotName | None = None,
+    ) -> Offer:
+        stored = self._chunked(form, image, questions, cancel)
+        return Offer(stored.url, stored.open, origin, image.digest, image.type, stored.facts)
+
+    def _bases(self, image_id: str, image: ServiceImage) -> Sequence[tuple[str, SnapshotName]]:
+        """Older versions that are here: ids and snapshots, the most promising first."""
+        found: list[tuple[bool, int, str, SnapshotName]] = []
+        for info in self._driver.list(self._images.pool.images):
+            own_id, part = info.properties.get(PROPERTY_IMAGE, ""), info.properties.get(PROPERTY_SNAPSHOT)
+            if not own_id or part is None or own_id == image_id or info.name != self._images.dataset(own_id):
+                continue
+            same_name = bool(image.name) and info.properties.get(PROPERTY_NAME) == image.name
+            if same_name or own_id == image.origin:
+                found.append((own_id == image.origin, info.createtxg, own_id, info.name @ part))
+        found.sort(key=lambda one: one[:2], reverse=True)
+        return [(own_id, snapshot) for _, _, own_id, snapshot in found[:BASES_MAX]]
+
+
+def _facts(image: ServiceImage) -> Mapping[str, str]:
+    name = image.name
+    return {PROPERTY_NAME: name} if 0 < len(name.encode()) < NAME_MAX_BYTES else {}
