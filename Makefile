@@ -15,7 +15,7 @@ help: ## Print every target with what it does
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-10s%s\n", $$1, $$2}'
 
 venv: $(VENV)/.done ## Make .venv with everything, all extras (PYTHON=/path chooses the interpreter)
-$(VENV)/.done: setup.cfg pyproject.toml scripts/make-venv
+$(VENV)/.done: setup.cfg setup.py pyproject.toml scripts/make-venv imaging/sendstream/native.c
 	@scripts/make-venv $(VENV)
 
 demo: venv ## Show the whole system at work and boot a guest (IMAGE=/path to any raw disk or stream overrides the guest)

@@ -3,6 +3,7 @@
 Pure modules, which do no input or output:
 
 * :mod:`~imaging.sendstream.records` - record types, their layouts, feature flags, limits
+* :mod:`~imaging.sendstream.backend` - what the inner loops run on: an optional C extension, or numpy
 * :mod:`~imaging.sendstream.checksum` - Fletcher-4
 * :mod:`~imaging.sendstream.nvlist` - the name/value lists in BEGIN payloads
 * :mod:`~imaging.sendstream.blocks` - compression of single blocks

@@ -5,7 +5,8 @@ over a large piece once and reports the state at each position asked for. An enc
 next. It traces the piece with zeros in the places of the checksums, and because the function is linear it can add what the
 checksums contribute in plain integers: :func:`advance`, :func:`feed_seal`, :func:`add`.
 
-The implementation works on arrays of 64-bit integers, whose additions wrap as the format wants.
+Without the C extension (:mod:`imaging.sendstream.backend`) this works on arrays of 64-bit integers, whose additions wrap as the
+format wants.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from imaging.sendstream import backend
 
 State: TypeAlias = tuple[int, int, int, int]
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -41,21 +44,18 @@ class Fletcher4:
     """A running checksum. Pieces are whole words; 1 to 3 bytes at the end of a piece are ignored, as the format says."""
 
     def __init__(self, state: State = ZERO_STATE) -> None:
-        self._state = state
-        self._sums = np.empty(BATCH_WORDS + 1, np.uint64)
-
-    @property
-    def state(self) -> State:
+        self.state = state
         """The accumulators now."""
-        return self._state
+        self._native = backend.native
+        self._sums = np.empty(0 if self._native else BATCH_WORDS + 1, np.uint64)
 
     def reset(self) -> None:
         """Start anew."""
-        self._state = ZERO_STATE
+        self.state = ZERO_STATE
 
     def add(self, extra: State) -> None:
         """Account for words that were fed as zeros; ``extra`` is the state they alone would have led to."""
-        self._state = add(self._state, extra)
+        self.state = add(self.state, extra)
 
     def update(self, data: Buffer) -> None:
         """Feed a piece."""
@@ -66,6 +66,9 @@ class Fletcher4:
 
         Positions ascend and are multiples of four, from 0 to the length of the piece.
         """
+        if self._native is not None:
+            self.state, states = self._native.trace(self.state, data, np.asarray(positions, np.int64))
+            return np.frombuffer(states, "<u8").reshape(-1, 4)
         words = np.frombuffer(data, "<u4", len(data) // 4)
         wanted = np.asarray(positions, np.int64) >> 2
         found = np.empty((4, len(wanted)), np.uint64)
@@ -75,7 +78,7 @@ class Fletcher4:
             low, high = bounds[number], bounds[number + 1]
             self._batch(words[start : start + BATCH_WORDS], wanted[low:high] - start, found[:, low:high])
         if not len(words):
-            found[:] = np.array(self._state, np.uint64)[:, None]
+            found[:] = np.array(self.state, np.uint64)[:, None]
         return found.T
 
     def _batch(
@@ -86,12 +89,12 @@ class Fletcher4:
         sums[1:] = words
         state = []
         for order in range(4):
-            sums[0] = self._state[order]
+            sums[0] = self.state[order]
             np.cumsum(sums, out=sums)
             state.append(int(sums[-1]))
             if len(wanted):
                 found[order] = sums[wanted]
-        self._state = (state[0], state[1], state[2], state[3])
+        self.state = (state[0], state[1], state[2], state[3])
 
 
 def weights(words: int) -> tuple[int, int, int]:

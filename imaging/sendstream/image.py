@@ -12,6 +12,9 @@ from fcntl import ioctl
 
 from imaging.digests import Digest, MultiHasher
 from imaging.errors import InvalidArgumentError, NoSpaceError, from_os_error
+from imaging.sendstream import backend
+from imaging.sendstream.reader import WriteRun
+from imaging.sendstream.records import HEADER_BYTES
 
 GATHER_MAX_BYTES = 1 << 20
 """Neighbouring blocks are written in one call up to here; larger calls are no faster."""
@@ -92,7 +95,7 @@ def _write_all(fd: int, pieces: list[memoryview], offset: int) -> None:
 
 def is_zero(block: bytes | memoryview) -> bool:
     """Whether a block is all zeros; looks at one word first, because most are not."""
-    return not any(block[:8]) and bytes(block) == _zeros(len(block))
+    return block[:8] == _ZEROS[:8] and bytes(block) == _zeros(len(block))
 
 
 def _zeros(size: int) -> bytes:
@@ -108,6 +111,7 @@ class VolumeImage:
         self._data_end = image_size(fd)  # from here on everything reads as zeros
         self._pieces: list[memoryview] = []
         self._start = self._end = 0
+        self._native = backend.native
 
     def clear(self) -> None:
         """Make everything zero, as a full stream expects."""
@@ -115,14 +119,31 @@ class VolumeImage:
 
     def write(self, offset: int, block: bytes | memoryview) -> None:
         """Put a block."""
-        if offset != self._end or self._end - self._start >= GATHER_MAX_BYTES or len(self._pieces) >= GATHER_MAX_PIECES:
-            self.flush()
-            self._start = self._end = offset
         if is_zero(block):
             self.free(offset, len(block))
+        else:
+            self._gather(offset, [memoryview(block)])
+
+    def write_run(self, offset: int, run: WriteRun) -> None:
+        """Put blocks that stand side by side."""
+        stride = run.stride
+        blocks = [run.view[at + HEADER_BYTES : at + stride] for at in range(0, len(run.view), stride)]
+        if self._native is None or any(self._native.zero_blocks(run.view, stride, HEADER_BYTES)):
+            for block in blocks:
+                self.write(offset, block)
+                offset += len(block)
             return
-        self._pieces.append(memoryview(block))
-        self._end += len(block)
+        for start in range(0, len(blocks), GATHER_MAX_PIECES):
+            self._gather(offset, blocks[start : start + GATHER_MAX_PIECES])
+            offset = self._end
+
+    def _gather(self, offset: int, blocks: list[memoryview]) -> None:
+        full = len(self._pieces) + len(blocks) > GATHER_MAX_PIECES or self._end - self._start >= GATHER_MAX_BYTES
+        if offset != self._end or full:
+            self.flush()
+            self._start = self._end = offset
+        self._pieces += blocks
+        self._end += len(blocks) * len(blocks[0])
 
     def free(self, offset: int, length: int) -> None:
         """Make a range zero."""

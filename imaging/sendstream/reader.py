@@ -11,12 +11,14 @@ The checksum runs over whole pieces at once (see :mod:`imaging.sendstream.checks
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from imaging.errors import BadDataError, MistifyError, UnsupportedError
+from imaging.sendstream import backend
 from imaging.sendstream.checksum import Buffer, Fletcher4, pack_state
 from imaging.sendstream.records import (
     CHECKSUM_BYTES,
@@ -34,6 +36,7 @@ from imaging.sendstream.records import (
 
 _TYPE = struct.Struct("<I")
 _BIG_ENDIAN_MAGIC = MAGIC.to_bytes(8, "big")
+_BULK_TYPES = (RecordType.WRITE, RecordType.FREE)
 _END_USED_BYTES = 40
 """What a package's first END uses; the rest is covered by no checksum and has to be zero."""
 
@@ -58,6 +61,36 @@ class Frame(NamedTuple):
     def where(self) -> str:
         """``record 17 (WRITE) at byte 26760``, for messages."""
         return _where(self.number, self.type, self.offset)
+
+
+class WriteRun(NamedTuple):
+    """Several checked WRITE records that differ only in their place: plain blocks of one size, side by side."""
+
+    first: Frame
+    view: memoryview
+    """All of the records."""
+    blocks: int
+
+    @property
+    def stride(self) -> int:
+        """Bytes from record to record."""
+        return len(self.view) // self.blocks
+
+    def frames(self) -> Iterator[Frame]:
+        """The records one by one."""
+        stride, (kind, _, _, offset, number) = self.stride, self.first
+        for index in range(self.blocks):
+            start, end = index * stride, (index + 1) * stride
+            header, payload = self.view[start : start + HEADER_BYTES], self.view[start + HEADER_BYTES : end]
+            yield Frame(kind, header, payload, offset + start, number + index)
+
+
+Checked: TypeAlias = Frame | WriteRun
+
+
+def single_frames(checked: Checked) -> Iterator[Frame]:
+    """The records one by one."""
+    return checked.frames() if isinstance(checked, WriteRun) else iter((checked,))
 
 
 def _where(number: int, record_type: int, offset: int) -> str:
@@ -96,7 +129,8 @@ class StreamReader:
         self._mark = 0
         self._checks: list[int] = []
         self._first_checked = 0
-        self._ready: list[Frame] = []
+        self._ready: list[Checked] = []
+        self._native = backend.native
 
     @property
     def done(self) -> bool:
@@ -105,15 +139,24 @@ class StreamReader:
 
     def feed(self, data: Buffer) -> list[Frame]:
         """Add a piece; the records that are certain now, in order."""
-        if not len(data):
-            return []
-        self._pieces.append(data)
-        self._held_bytes += len(data)
-        if self._phase is _Phase.DONE:
-            raise BadDataError(f"data after the end of the stream at byte {self._base}")
-        if self._held_bytes < self._need_bytes:
-            return []
-        return self._walk(memoryview(data if len(self._pieces) == 1 else b"".join(self._pieces)))
+        return [frame for item in self.feed_runs(data) for frame in single_frames(item)]
+
+    def feed_runs(self, data: Buffer) -> list[Checked]:
+        """The same records, but like ones may come together: much faster where whole runs can be looked at."""
+        view = memoryview(data)
+        ready: list[Checked] = []
+        while view:
+            if self._phase is _Phase.DONE:
+                raise BadDataError(f"data after the end of the stream at byte {self._base}")
+            if not self._held_bytes and len(view) >= self._need_bytes:
+                return ready + self._walk(view)
+            # Complete what was held, and nothing more: what follows is walked where it is.
+            piece, view = view[: self._need_bytes - self._held_bytes], view[self._need_bytes - self._held_bytes :]
+            self._pieces.append(piece)
+            self._held_bytes += len(piece)
+            if self._held_bytes == self._need_bytes:
+                ready += self._walk(memoryview(b"".join(self._pieces)))
+        return ready
 
     def finish(self) -> None:
         """The input ended; BadDataError if the stream did not."""
@@ -130,7 +173,7 @@ class StreamReader:
 
     # -- walking one buffer --------------------------------------------------------------------------------------------
 
-    def _walk(self, view: memoryview) -> list[Frame]:
+    def _walk(self, view: memoryview) -> list[Checked]:
         self._mark, self._checks, self._first_checked, self._ready = 0, [], 0, []
         position = self._take_records(view)
         self._settle(view, position)
@@ -147,6 +190,8 @@ class StreamReader:
         position, size = 0, len(view)
         while self._phase is not _Phase.DONE:
             if self._open is None:
+                if self._native is not None and self._phase is _Phase.BODY:
+                    position = self._take_sound(view, position)
                 if size - position < HEADER_BYTES:
                     self._need_bytes = HEADER_BYTES
                     break
@@ -162,6 +207,33 @@ class StreamReader:
             self._open = None
             self._complete(Frame(record_type, header, payload, offset, self._number))
         return position
+
+    def _take_sound(self, view: memoryview, position: int) -> int:
+        """Take whole WRITE and FREE records as long as nothing is wrong with them; where the first other one starts."""
+        assert self._native is not None
+        while len(view) - position >= HEADER_BYTES and view[position] in _BULK_TYPES:
+            self._settle(view, position)
+            self._fletcher.state, end, runs = self._native.walk(self._fletcher.state, view, position)
+            if end == position:
+                break
+            for start, count, stride in runs:
+                self._add_run(view[start : start + count * stride], count, stride, self._base + start)
+            self._mark = position = end
+        return position
+
+    def _add_run(self, records: memoryview, count: int, stride: int, offset: int) -> None:
+        """All but the last are covered by a checksum, and so is what came before them."""
+        if self._pending is not None:
+            self._ready.append(self._pending)
+        (record_type,) = _TYPE.unpack_from(records)
+        first = Frame(record_type, records[:HEADER_BYTES], records[HEADER_BYTES:stride], offset, self._number)
+        certain, last = count - 1, len(records) - stride
+        self._pending = first
+        if certain:
+            self._ready.append(first if certain == 1 else WriteRun(first, records[:last], certain))
+            header, payload = records[last : last + HEADER_BYTES], records[last + HEADER_BYTES :]
+            self._pending = Frame(record_type, header, payload, offset + last, self._number + certain)
+        self._number += count
 
     def _take_header(self, view: memoryview, position: int) -> None:
         header = view[position : position + HEADER_BYTES]

@@ -6,7 +6,7 @@ from imaging.compression import Readable
 from imaging.errors import BadDataError, ConflictError, UnsupportedError
 from imaging.sendstream.image import VolumeImage
 from imaging.sendstream.package import StreamSet, resume_position
-from imaging.sendstream.reader import Frame, StreamReader
+from imaging.sendstream.reader import Frame, StreamReader, WriteRun
 from imaging.sendstream.records import (
     DATA_OBJECT,
     Begin,
@@ -53,8 +53,12 @@ class VolumeReceiver:
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Apply what of this piece is certain."""
-        for frame in self._reader.feed(data):
-            self._take(frame)
+        for checked in self._reader.feed_runs(data):
+            if not isinstance(checked, WriteRun):
+                self._take(checked)
+            elif not self._set.take(checked.first):
+                assert self._rules is not None
+                self._apply_run(self._rules, checked)
 
     def finish(self) -> VolumeState:
         """The input ended: the new state, or BadDataError if the stream did not."""
@@ -116,6 +120,11 @@ class VolumeReceiver:
                 self._image.free(record.offset, record.length)
         elif type(record) is End:
             self._close(rules)
+
+    def _apply_run(self, rules: VolumeRules, run: WriteRun) -> None:
+        first = rules.admit_run(run)
+        self._image.write_run(first.offset, run)
+        self._last_write = (first.object, first.offset + first.logical_bytes * (run.blocks - 1))
 
     def _close(self, rules: VolumeRules) -> None:
         self._state = rules.state()

@@ -7,12 +7,13 @@ that cannot be read. Each rule below has a name, which the refusal states togeth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from imaging.errors import BadDataError, ConflictError, MistifyError, TooLargeError, UnsupportedError
 from imaging.sendstream import microzap
 from imaging.sendstream.blocks import SECTOR_BYTES, BlockDecoder
-from imaging.sendstream.reader import Frame
+from imaging.sendstream.reader import Frame, WriteRun
 from imaging.sendstream.records import (
     BLOCK_MAX_BYTES,
     BLOCK_MIN_BYTES,
@@ -170,6 +171,18 @@ class VolumeRules:
         except MistifyError as err:
             raise type(err)(f"{err.message}: {frame.where}") from err
         return Admitted(record, None)
+
+    def admit_run(self, run: WriteRun) -> Write:
+        """Check a run of writes, which is as good as its first if it ends in time; the first record."""
+        admitted = self.admit(run.first).record
+        assert isinstance(admitted, Write)
+        end = admitted.offset + admitted.logical_bytes * run.blocks
+        if admitted.object != DATA_OBJECT or end > self._limits.volume_size_max_bytes:
+            for frame in islice(run.frames(), 1, None):
+                self.admit(frame)  # one of them is wrong: find which
+        self._last = (admitted.object, end)
+        self.data_end = max(self.data_end, end)
+        return admitted
 
     # -- base --------------------------------------------------------------------------------------------------------
 

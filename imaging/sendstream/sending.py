@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
 
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from imaging.compression import Readable
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InvalidArgumentError, from_os_error
-from imaging.sendstream import nvlist
+from imaging.sendstream import backend, nvlist
 from imaging.sendstream.image import data_ranges
-from imaging.sendstream.records import DATA_OBJECT, Feature
+from imaging.sendstream.records import BLOCK_MAX_BYTES, DATA_OBJECT, Feature
 from imaging.sendstream.writer import StreamHeader, VolumeWriter, check_block_size
 
 CHUNK_BYTES = 1 << 20
@@ -159,6 +159,8 @@ class _Image:
     fd: int
     size_bytes: int
     start: int
+    _buffer: bytearray = field(default_factory=lambda: bytearray(max(CHUNK_BYTES, BLOCK_MAX_BYTES)))
+    """For what is read: always the same memory, which stays in the cache."""
 
     def ranges(self, end: int) -> Iterator[tuple[int, int]]:
         """Stretches with data up to ``end``."""
@@ -167,10 +169,12 @@ class _Image:
                 yield max(low, self.start), high
 
     def rows(self, offset: int, length: int, block_bytes: int) -> Rows:
-        """Whole blocks, padded with zeros past the image's end."""
+        """Whole blocks, padded with zeros past the image's end. They last until the next call."""
         wanted = max(0, min(length, self.size_bytes - offset))
-        data = _read_exactly(self.fd, offset, wanted) if wanted else b""
-        return _rows(data if wanted == length else data + bytes(length - wanted), block_bytes)
+        with memoryview(self._buffer) as view:
+            _read_into(self.fd, offset, view[:wanted])
+            view[wanted:length] = bytes(length - wanted)
+        return np.frombuffer(self._buffer, np.uint8, length).reshape(-1, block_bytes)
 
 
 def _contents(image: _Image, size: int, header: StreamHeader) -> Iterator[Chunk]:
@@ -227,17 +231,15 @@ def _pieces(start: int, end: int, block_bytes: int) -> Iterator[tuple[int, int]]
         yield offset, min(step, end - offset)
 
 
-def _read_exactly(fd: int, offset: int, size: int) -> bytes:
+def _read_into(fd: int, offset: int, target: memoryview) -> None:
     try:
-        data = os.pread(fd, size, offset)
-        while len(data) < size:
-            more = os.pread(fd, size - len(data), offset + len(data))
-            if not more:
-                raise BadDataError(f"the image ends at byte {offset + len(data)}, before its stated size")
-            data += more
+        while target:
+            count = os.preadv(fd, [target], offset)
+            if not count:
+                raise BadDataError(f"the image ends at byte {offset}, before its stated size")
+            offset, target = offset + count, target[count:]
     except OSError as err:
         raise from_os_error(err, "reading the image failed") from err
-    return data
 
 
 def _rows(data: bytes, block_bytes: int) -> Rows:
@@ -247,6 +249,8 @@ def _rows(data: bytes, block_bytes: int) -> Rows:
 
 def _kinds(rows: Rows) -> Kinds:
     """Which blocks are data and which are zeros; only blocks that start with a zero word are looked at as a whole."""
+    if backend.native is not None:
+        return np.frombuffer(backend.native.zero_blocks(rows, rows.shape[1], 0), np.uint8) ^ np.uint8(_DATA)
     words = rows.view(np.uint64)
     kinds = np.full(len(rows), _DATA, np.uint8)
     for index in np.flatnonzero(words[:, 0] == 0).tolist():

@@ -101,18 +101,21 @@ class StreamValidator:
     def feed(self, data: Buffer) -> bytes:
         """Add a piece; what may be passed on."""
         out: list[memoryview] = []
-        for frame in self._reader.feed(data):
-            self._check(frame)
+        for checked in self._reader.feed_runs(data):
+            self._check_all(checked)
             out += self._held
             self._held = []
-            target = self._held if frame.type == RecordType.END else out
-            target += (frame.header, frame.payload)
+            if isinstance(checked, WriteRun):
+                out.append(checked.view)
+            else:
+                target = self._held if checked.type == RecordType.END else out
+                target += (checked.header, checked.payload)
         return b"".join(out)
 
     def verify(self, data: Buffer) -> None:
         """Add a piece whose bytes nobody waits for."""
-        for frame in self._reader.feed(data):
-            self._check(frame)
+        for checked in self._reader.feed_runs(data):
+            self._check_all(checked)
 
     def finish(self) -> bytes:
         """The input ended; the last END, or the error."""
@@ -123,6 +126,13 @@ class StreamValidator:
         return b"".join(held)
 
     # -- records -------------------------------------------------------------------------------------------------------
+
+    def _check_all(self, checked: Checked) -> None:
+        if isinstance(checked, WriteRun) and self._rules is not None and self._observe is None:
+            self._rules.admit_run(checked)
+            return
+        for frame in single_frames(checked):
+            self._check(frame)
 
     def _check(self, frame: Frame) -> None:
         if self._rules is not None:

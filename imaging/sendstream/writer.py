@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imaging.errors import InvalidArgumentError
-from imaging.sendstream import microzap
+from imaging.sendstream import backend, microzap
 from imaging.sendstream.blocks import BlockCompression, BlockEncoder
 from imaging.sendstream.checksum import ZERO_STATE, Fletcher4, add, advance, feed_seal, pack_state, weights
 from imaging.sendstream.records import (
@@ -59,6 +59,7 @@ class StreamWriter:
 
     def __init__(self) -> None:
         self._fletcher = Fletcher4()
+        self._native = backend.native
 
     def begin(self, begin: Begin, payload: bytes = b"") -> bytes:
         """A stream's or package's start; the payload length is filled in."""
@@ -86,6 +87,10 @@ class StreamWriter:
     def blocks(self, template: Write, rows: npt.NDArray[np.uint8]) -> bytes:
         """One uncompressed WRITE per row: like ``template``, at its offset and the blocks after it."""
         count, block_bytes = rows.shape
+        if self._native is not None:
+            state, data = self._native.seal_writes(self._fletcher.state, pack(template), rows, block_bytes)
+            self._fletcher.state = state
+            return data
         stride = HEADER_BYTES + block_bytes
         grid = np.zeros((count, stride), np.uint8)
         grid[:, :SEALED_BYTES] = np.frombuffer(pack(template), np.uint8)
@@ -100,6 +105,9 @@ class StreamWriter:
 
         The sums of the records' own bytes come from one fast pass; what the checksums add to later checksums is chained here.
         """
+        if self._native is not None:
+            self._fletcher.state = self._native.seal(self._fletcher.state, data, np.asarray(starts, np.int64))
+            return
         traced = self._fletcher.trace(data, [start + SEALED_BYTES for start in starts]).tolist()
         extra, last, gap, factors = ZERO_STATE, 0, -1, _BETWEEN_SEALS
         for start, state in zip(starts, traced, strict=True):
