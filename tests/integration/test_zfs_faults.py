@@ -293,16 +293,23 @@ def test_killed_at_any_moment_leaves_nothing_half_done(
 
 def _run_and_kill(pool: PoolName, place: DatasetName, stream: Path, checkout: Path, chance: random.Random) -> None:
     command = [sys.executable, "-c", BUSY_AGENT, str(pool), place.leaf, str(stream)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=checkout) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(chance.random() * 2.0)
-        process.send_signal(signal.SIGKILL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=checkout)
+    assert process.stdout is not None
+    with process.stdout as output:
         try:
-            process.wait(DEATH_TIMEOUT_S)
-        except subprocess.TimeoutExpired as err:
-            raise AssertionError(f"the killed process does not end:\n{_kernel_stacks(process.pid)}") from err
+            assert output.readline() == b"ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.random() * 2.0)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            _wait_for_end(process)
+
+
+def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(DEATH_TIMEOUT_S)
+    except subprocess.TimeoutExpired as err:
+        raise AssertionError(f"the killed process does not end:\n{_kernel_stacks(process.pid)}") from err
 
 
 def _kernel_stacks(process: int) -> str:

@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from imaging.errors import UnavailableError
 
 BLKZNAME = 0x8100127D
 """_IOR(0x12, 125, char[256]): the name of the volume behind a device."""
+BLKFLSBUF = 0x1261
 NAME_BUFFER_BYTES = 256
 POLL_FIRST_S = 0.01
 POLL_MAX_S = 0.25
@@ -49,6 +51,13 @@ def volume_of(device: Path) -> str | None:
     return buffer.split(b"\0", 1)[0].decode("utf-8", "replace")
 
 
+class Node(NamedTuple):
+    """One device node. The name alone is used again for another volume, with another inode."""
+
+    name: str
+    inode: int
+
+
 class Devices:
     """Finds devices of volumes by name."""
 
@@ -56,7 +65,7 @@ class Devices:
         self._devices = device_directory
         self._links = link_directory or device_directory / "zvol"
         self._lock = threading.Lock()
-        self._asked: dict[str, str] = {}
+        self._asked: dict[Node, str] = {}
 
     def find(self, volume: str) -> Path | None:
         """The path of the volume's device: udev's link if it leads there, else the node itself; None if there is none."""
@@ -68,23 +77,25 @@ class Devices:
     def _search(self, volume: str) -> Path | None:
         with self._lock:
             nodes = self._nodes()
-            for node in [node for node in nodes if self._asked.get(node) == volume]:
+            likely = [node for node in nodes if self._asked.get(node) == volume]
+            unknown = [node for node in nodes if node not in self._asked]
+            for node in likely + unknown:
                 if self._ask(node) == volume:
-                    return self._devices / node
-            for node in [node for node in nodes if node not in self._asked]:
-                if self._ask(node) == volume:
-                    return self._devices / node
+                    return self._devices / node.name
         return None
 
-    def _nodes(self) -> list[str]:
+    def _nodes(self) -> list[Node]:
         """Device nodes there are; forgets what was known of others, as their numbers are used again."""
-        nodes = [entry.name for entry in os.scandir(self._devices) if DEVICE_NAME.match(entry.name)]
+        found = (
+            Node(entry.name, entry.inode()) for entry in os.scandir(self._devices) if DEVICE_NAME.match(entry.name)
+        )
+        nodes = list(found)
         for gone in self._asked.keys() - set(nodes):
             del self._asked[gone]
         return nodes
 
-    def _ask(self, node: str) -> str | None:
-        name = volume_of(self._devices / node)
+    def _ask(self, node: Node) -> str | None:
+        name = volume_of(self._devices / node.name)
         if name is None:
             self._asked.pop(node, None)
         else:
@@ -110,6 +121,17 @@ class Devices:
                 self.forget()  # a name seen before its rename came through would hide the volume
             tick.wait(pause_s)
             pause_s = min(pause_s * 2, POLL_MAX_S)
+
+    def flush(self, volume: str) -> None:
+        """Write what the block layer still has of the volume and forget it: its contents are about to change, or just did."""
+        device = self.find(volume)
+        if device is not None:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.ioctl(fd, BLKFLSBUF, 0)
+                finally:
+                    os.close(fd)
 
     def holders(self, volumes: Iterable[str]) -> list[str]:
         """Who has the volumes' devices open, as text: processes, mounts, devices stacked on them. Best effort, one look for all."""

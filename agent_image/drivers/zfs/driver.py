@@ -13,6 +13,7 @@ from pathlib import Path
 
 from agent_image.drivers.base import DatasetKind
 from agent_image.drivers.zfs import programs
+from agent_image.drivers.zfs.devices import BLKFLSBUF
 from agent_image.drivers.zfs.hidden import MARK, Purpose, new_name
 from agent_image.drivers.zfs.properties import Changes
 from agent_image.drivers.zfs.streams import ZfsStreams
@@ -22,7 +23,6 @@ from imaging.names import DatasetName, SnapshotName
 DEVICE_TIMEOUT_S = 10.0
 """What the contract promises; the link of a volume comes 35-400 ms after it, later when hundreds are made at once."""
 OPEN_POLL_S = 0.05
-BLKFLSBUF = 0x1261
 
 
 class ZfsDriver(ZfsStreams):

@@ -64,7 +64,9 @@ class ZfsSnapshots(ZfsDatasets):
                 self._destroy_snapshots_now(newer)
             if bookmarks:
                 self._lzc.destroy_bookmarks(bookmarks)
+            self._devices.flush(str(name.dataset))  # what was written before must not arrive after
             self._lzc.rollback(str(name.dataset), str(name))
+            self._devices.flush(str(name.dataset))
             self._learn(name.dataset)
 
     def _newer(self, snapshot: SnapshotInfo, *, destroy_newer: bool) -> tuple[list[SnapshotName], list[str]]:

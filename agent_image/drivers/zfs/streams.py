@@ -128,6 +128,7 @@ class ZfsStreams(ZfsSnapshots):
         """An increment onto an existing volume; the kernel shows the snapshot when it is whole."""
         self._wait_unheld([target.dataset], f"cannot receive into {target.dataset}")
         guid = pour(source, base, lambda fd: self._lzc.receive(str(target), fd, origin=None, properties={}))
+        self._devices.flush(str(target.dataset))
         with self._lock:
             self._learn(target.dataset, snapshots=True)
             if changes != Changes():
