@@ -45,9 +45,9 @@ def _document() -> bytes:
         items = {f"i{n}": item(f"ami-{number:05}{n:03}", f"region-{n}") for n in range(40)}
         versions = {f"v202401{day:02}": items for day in range(1, 6)}
         made[f"com.ubuntu.cloud:server:{number}:amd64"] = product(str(number), "amd64", **versions)
-        size += len(json.dumps(made[f"com.ubuntu.cloud:server:{number}:amd64"]))
+        size += len(json.dumps(made[f"com.ubuntu.cloud:server:{number}:amd64"], indent=1))
     made["com.ubuntu.cloud:server:98.04:amd64"] = product("98.04", "amd64", v20240101={"i": item("wanted")})
-    return json.dumps(products(made)).encode()
+    return json.dumps(products(made), indent=1).encode()
 
 
 def _lookup_ms(data: bytes) -> float:

@@ -28,6 +28,9 @@ from imaging.files import os_errors
 GPG_TIMEOUT_S = 60.0
 """Verifying 100 MB takes a second; making a signature with a slow hardware key takes a few."""
 
+LINE_MAX_BYTES = 19_990
+"""gpg cuts longer lines of a clearsigned text (MAX_LINELEN is 19995) and calls the signature good all the same."""
+
 NO_SIGNATURE = "no PGP signature embedded in plain text data"
 BEGIN_SIGNED = b"-----BEGIN PGP SIGNED MESSAGE-----"
 
@@ -90,6 +93,8 @@ class Verifier:
         """The text under the signature; BadDataError."""
         if BEGIN_SIGNED not in document:
             raise BadDataError(NO_SIGNATURE)
+        if _longest_line(document) > LINE_MAX_BYTES:
+            raise BadDataError(f"clearsigned text has a line longer than {LINE_MAX_BYTES} bytes, which gpg would cut")
         return self._run(document, None)
 
     def verify_detached(self, document: bytes, signature: bytes) -> Verified:
@@ -123,6 +128,10 @@ def _good_signature(status: Sequence[Sequence[str]]) -> str:
     if len(valid) != 1 or words.count("GOODSIG") != 1 or words.count("PLAINTEXT") > 1:
         raise BadDataError("openpgp: more than one signature")
     return valid[0][1]
+
+
+def _longest_line(text: bytes) -> int:
+    return max(map(len, text.split(b"\n")))
 
 
 def run_gpg(
@@ -187,6 +196,8 @@ class Signer:
 
     def clearsign(self, text: bytes) -> bytes:
         """``text`` in a clearsigned document; one newline at its start is dropped, as clients of old do."""
+        if _longest_line(text) > LINE_MAX_BYTES:
+            raise InvalidArgumentError(f"cannot clearsign a line longer than {LINE_MAX_BYTES} bytes; break it")
         return self._sign(["--clearsign"], text.removeprefix(b"\n"))
 
     def detach_sign(self, data: bytes) -> bytes:

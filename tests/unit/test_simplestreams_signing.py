@@ -62,6 +62,17 @@ def test_second_signed_text_does_not_exist_either() -> None:
         verifier().verify_clearsigned(second + first)
 
 
+def test_line_that_gpg_would_cut_is_refused_on_either_side() -> None:
+    with Signer(key().private) as signer:
+        longest = b"x" * 19_990
+        document = signer.clearsign(longest + b"\n")
+        assert verifier().verify_clearsigned(document).text == longest + b"\n"
+        with pytest.raises(InvalidArgumentError, match="line longer than"):
+            signer.clearsign(longest + b"x\n")
+    with pytest.raises(BadDataError, match="line longer than"):
+        verifier().verify_clearsigned(document.replace(longest, longest + b"x"))
+
+
 def test_key_with_a_passphrase_signs_only_with_it() -> None:
     with Signer(key().private) as signer:
         signer._passphrase = "unused for a key without one"
