@@ -24,9 +24,14 @@ from image_service.importer import Importer
 from image_service.inspector import Inspector
 from image_service.metadata import MetadataStore
 from image_service.original import find_original, import_original
+from image_service.scrubbing import Scrubber
 from image_service.service import ImageService
+from image_service.serving import BlobEndpoints
 from image_service.spool import Pools
 from image_service.stores import image_stores, metadata_stores
+from image_service.tus import TusEndpoints
+from image_service.upkeep import Upkeep
+from image_service.uploads import Uploads
 from image_service.web import ImageEndpoints, render_error
 from imaging.blobs.base import BlobStore
 from imaging.blobs.local import LocalBlobStore
@@ -94,18 +99,30 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         importer = Importer(records, blobs, fetcher, collector, inspector, pools=pools, limits=config.fetches)
         service = ImageService(records, blobs, importer, collector, inspector, policy=config.policy, pools=pools)
         undo.push_async_callback(service.close)
+        uploads = Uploads(records, blobs, collector, inspector, pools=pools, limits=config.uploads)
+        undo.push_async_callback(uploads.close)
+        scrubber = Scrubber(records, blobs, pools, interval_s=config.scrub_interval_s)
+        upkeep = Upkeep(collector, uploads, scrubber, pools)
+        undo.push_async_callback(upkeep.close)
         deriver = await pools.data(_deriver, config, service, records, blobs, collector, admission, pools)
         undo.push_async_callback(deriver.close)
         app = create_app(settings, render_error=render_error)
         derived = DerivedEndpoints(deriver, pools.data)
         derived.add_to(app)
-        ImageEndpoints(service, blobs, pools, config.web, derived).add_to(app)
+        images = ImageEndpoints(service, blobs, pools, config.web, derived)
+        images.add_to(app)
+        upkeep.add_to(app)
+        TusEndpoints(
+            uploads, service, pools, images.body, size_max_bytes=admission.size_max_bytes, directory=_directory(config)
+        ).add_to(app)
+        BlobEndpoints(collector, blobs, pools).add_to(app)
         catalog = Catalog(await pools.data(CatalogBuilder, records, blobs, config.catalog), pools)
         CatalogEndpoints(catalog, service, blobs, pools).add_to(app)
         _observe(app, importer, config.images_dir)
-        app[LIFECYCLE].park_hooks.append(service.close)
+        app[LIFECYCLE].park_hooks.extend([service.close, uploads.close])
         await service.start()
-        app.cleanup_ctx.append(_background(service, config.collect_interval_s, undo.pop_all()))
+        await uploads.start()
+        app.cleanup_ctx.append(_background(upkeep, config.collect_interval_s, undo.pop_all()))
     return app
 
 
@@ -118,13 +135,13 @@ def _observe(app: web.Application, importer: Importer, images: Path) -> None:
 
 
 def _background(
-    service: ImageService, interval_s: float, closing: contextlib.AsyncExitStack
+    upkeep: Upkeep, interval_s: float, closing: contextlib.AsyncExitStack
 ) -> Callable[[web.Application], AsyncIterator[None]]:
-    """Collect garbage while the application lives; afterwards close everything."""
+    """Tidy up while the application lives; afterwards close everything."""
 
     async def run(_app: web.Application) -> AsyncIterator[None]:
         async with closing:
-            task = asyncio.create_task(service.keep_collecting(interval_s), name="collect garbage")
+            task = asyncio.create_task(upkeep.run(interval_s), name="upkeep")
             yield
             task.cancel()
             await asyncio.wait([task])

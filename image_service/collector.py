@@ -29,6 +29,8 @@ INTERVAL_S = 3600.0
 
 FETCH_PREFIX = "fetch-"
 UPLOAD_PREFIX = "upload-"
+TUS_PREFIX = "tus-"
+"""The ingest (and lease) of an upload in parts: the same after a restart."""
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,9 @@ class BlobCache(Protocol):
     def sweep(self, wanted: Callable[[Digest], bool]) -> None:
         """Give up what it no longer wants to keep; ``wanted`` says whether a record names a blob."""
 
+    def source_gone(self, digest: Digest) -> None:
+        """No record names this blob any more: what was made from it is not wanted either."""
+
     def digests(self) -> Collection[Digest]:
         """What it keeps."""
 
@@ -68,10 +73,15 @@ class Collector:
         self._grace_s = max(grace_s, GRACE_MIN_S)
         self._naming = threading.Lock()
         self._caches: list[BlobCache] = []
+        self._refs: list[Callable[[], Collection[str]]] = []
 
     def add_cache(self, cache: BlobCache) -> None:
         """From now on keep what ``cache`` keeps."""
         self._caches.append(cache)
+
+    def add_refs(self, refs: Callable[[], Collection[str]]) -> None:
+        """From now on keep the ingests ``refs`` names over a restart."""
+        self._refs.append(refs)
 
     def publish(self, lease: str, digest: Digest, record: Callable[[], None]) -> None:
         """Let a record name a blob that was just committed under a lease, and end the lease.
@@ -93,16 +103,28 @@ class Collector:
         self.drop(digest)
 
     def drop(self, digest: Digest) -> None:
-        """Remove a blob now unless a record or a writer needs it; absent is fine."""
+        """Remove a blob now unless a record or a writer needs it; absent is fine. What caches made of it goes too."""
+        if not self._remove(digest):
+            return
+        for cache in self._caches:
+            cache.source_gone(digest)
+
+    def _remove(self, digest: Digest) -> bool:
+        """Whether nothing names the blob: then it is removed, or left to the collector while it is leased."""
         with self._naming:
-            if self._records.needs(digest) or any(cache.needs(digest) for cache in self._caches):
-                return
+            if self.is_named(digest):
+                return False
             try:
                 self._blobs.delete(digest)
             except NotFoundError:
-                return
+                return True
             except BusyError:
                 log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
+            return True
+
+    def is_named(self, digest: Digest) -> bool:
+        """Whether a record or a cache names a blob: others are on their way in or out, and nobody's business."""
+        return self._records.needs(digest) or any(cache.needs(digest) for cache in self._caches)
 
     def forget(self, ref: str) -> None:
         """Remove an ingest and its lease; absent is fine."""
@@ -112,8 +134,9 @@ class Collector:
     def recover(self) -> None:
         """At start, when nobody writes here: end the leases of the dead and remove what only they needed."""
         wanted = {fetch_ref(image.id) for image in self._records.iterate() if image.status in UNFINISHED}
+        wanted.update(*(refs() for refs in self._refs))
         for lease in self._blobs.leases():
-            if lease.startswith((FETCH_PREFIX, UPLOAD_PREFIX)) and lease not in wanted:
+            if lease.startswith((FETCH_PREFIX, UPLOAD_PREFIX, TUS_PREFIX)) and lease not in wanted:
                 self._blobs.release(lease)
         for ingest in self._blobs.ingests():
             if ingest.ref not in wanted:
@@ -121,6 +144,7 @@ class Collector:
                 self.forget(ingest.ref)
         for cache in self._caches:
             cache.recover()
+            cache.sweep(self._records.needs)
         self._report(self._blobs.collect(self._kept(), grace_s=0))
 
     def collect(self, *, dry_run: bool = False, limit: int | None = None) -> CollectReport:

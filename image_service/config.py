@@ -17,7 +17,9 @@ from image_service.collector import GRACE_MIN_S, GRACE_S, INTERVAL_S
 from image_service.facts import InspectionLimits
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
+from image_service.scrubbing import INTERVAL_S as SCRUB_INTERVAL_S
 from image_service.sources import SourcePolicy
+from image_service.uploads import UploadLimits
 from image_service.web import WebLimits
 
 DEFAULT_PORT = 20_000
@@ -52,6 +54,8 @@ class ServiceConfig:
     web: WebLimits
     collect_interval_s: float
     collect_grace_s: float
+    uploads: UploadLimits
+    scrub_interval_s: float
     catalog: CatalogSettings
 
     @property
@@ -93,12 +97,13 @@ def _positive() -> click.FloatRange:
     return click.FloatRange(min=0, min_open=True)
 
 
-_FETCH, _TALK, _ROOM, _WEB, _LOOK = (
+_FETCH, _TALK, _ROOM, _WEB, _LOOK, _PARTS = (
     FetchLimits(),
     ConversationLimits(),
     AdmissionLimits(),
     WebLimits(),
     InspectionLimits(),
+    UploadLimits(),
 )
 
 _OPTIONS = [
@@ -187,6 +192,18 @@ _OPTIONS = [
         help="Disk space that stays free (507 beyond it).",
     ),
     click.option(
+        "--upload-expiry-s",
+        type=_positive(),
+        default=_PARTS.expiry_s,
+        help="An upload in parts that gets none for so long is given up.",
+    ),
+    click.option(
+        "--scrub-interval-s",
+        type=_positive(),
+        default=SCRUB_INTERVAL_S,
+        help="Time between two passes that read every image again.",
+    ),
+    click.option(
         "--collect-interval-s", type=_positive(), default=INTERVAL_S, help="Time between two garbage collections."
     ),
     click.option(
@@ -215,6 +232,15 @@ def service_options(function: F) -> F:
 def _plain_keys(table: Mapping[str, Any] | None) -> dict[str, Any]:
     """A store's table with the original's keys in the case the stores know (it read them in any case)."""
     return {key if key == key.lower() else key[0].lower() + key[1:]: value for key, value in (table or {}).items()}
+
+
+def _catalog(params: Mapping[str, Any], state_dir: Path) -> CatalogSettings:
+    return CatalogSettings(
+        directory=state_dir / "catalog",
+        key_file=params["catalog_key"],
+        region=params["catalog_region"],
+        endpoint=params["catalog_endpoint"],
+    )
 
 
 def service_config(params: Mapping[str, Any]) -> ServiceConfig:
@@ -260,10 +286,7 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
         web=WebLimits(upload_stall_timeout_s=params["upload_stall_timeout_s"]),
         collect_interval_s=params["collect_interval_s"],
         collect_grace_s=params["collect_grace_s"],
-        catalog=CatalogSettings(
-            directory=state_dir / "catalog",
-            key_file=params["catalog_key"],
-            region=params["catalog_region"],
-            endpoint=params["catalog_endpoint"],
-        ),
+        uploads=UploadLimits(expiry_s=params["upload_expiry_s"]),
+        scrub_interval_s=params["scrub_interval_s"],
+        catalog=_catalog(params, state_dir),
     )

@@ -305,10 +305,10 @@ def _with_facts(image: Image, facts: Facts) -> Image:
     )
 
 
-def set_damaged(image: Image, reason: str) -> Image:
+def set_damaged(image: Image, digest: Digest, reason: str) -> Image:
     """The stored bytes turned out to be damaged: the image is not offered any more. Asking for its source again fetches it anew."""
-    if image.status is not ImageStatus.COMPLETE:
-        raise ConflictError(f"image {image.id} is {image.status}: it has no bytes that could be damaged")
+    if image.status is not ImageStatus.COMPLETE or image.digest != str(digest):
+        raise ConflictError(f"image {image.id} is {image.status} and does not have the blob {digest}")
     return msgspec.structs.replace(
         image, status=ImageStatus.ERROR, size_bytes=0, digest="", content_digest="", error=reason[:ERROR_MAX_CHARS]
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
@@ -38,7 +39,16 @@ from image_service.sources import SourcePolicy
 from image_service.spool import Pools, Spool, settled
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, ConflictError, InvalidArgumentError, NotFoundError
+from imaging.errors import BadDataError, ConflictError, InvalidArgumentError, NotFoundError, UnavailableError
+
+TWINS_SINGLY_MAX = 50
+"""Contents looked up one by one; beyond it reading the whole index takes fewer calls."""
+
+WATCH_INTERVAL_S = 0.25
+"""How often a record is looked at for whoever waits for it: a look takes some 50 us."""
+
+WATCHERS_MAX = 500
+"""Callers that wait at once: together they look 2,000 times a second."""
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +78,8 @@ class ImageService:
         self._offload = pools.records
         self._data = pools.data
         self._now = now
+        self._watchers = 0
+        self._parked = False
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -87,6 +99,7 @@ class ImageService:
 
     async def close(self) -> None:
         """Park what is unfinished."""
+        self._parked = True
         await self._importer.park()
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -95,9 +108,51 @@ class ImageService:
         """Images (of one type), in id order."""
         return [self._live(image) for image in await self._offload(self._records.list, image_type)]
 
+    async def page(
+        self, fits: Callable[[Image], bool], *, after_id: str = "", limit: int | None = None
+    ) -> tuple[Sequence[Image], bool]:
+        """Images that fit, in id order, those behind ``after_id``; and whether there are more than ``limit``."""
+        found = await self._offload(self._select, fits, after_id, None if limit is None else limit + 1)
+        more = limit is not None and len(found) > limit
+        return [self._live(image) for image in (found[:limit] if more else found)], more
+
+    def _select(self, fits: Callable[[Image], bool], after_id: str, limit: int | None) -> Sequence[Image]:
+        return list(itertools.islice(filter(fits, self._records.iterate(after_id)), limit))
+
+    async def twins(self, images: Sequence[Image]) -> Mapping[str, Sequence[str]]:
+        """For each image's id the ids of others with the same content."""
+        return await self._offload(self._twins, images)
+
+    def _twins(self, images: Sequence[Image]) -> Mapping[str, Sequence[str]]:
+        digests = {image.content_digest for image in images if image.content_digest}
+        if len(digests) > TWINS_SINGLY_MAX:
+            known = self._records.contents()
+        else:
+            known = {digest: self._records.ids_by_content(Digest.parse(digest)) for digest in digests}
+        return {
+            image.id: [other for other in known.get(image.content_digest, ()) if other != image.id] for image in images
+        }
+
     async def get(self, image_id: str) -> Image:
         """The image; NotFoundError."""
         return self._live(await self._offload(self._records.get_by_id, image_id))
+
+    async def watch(self, image_id: str) -> AsyncGenerator[Image, None]:
+        """The image as it is, then whenever it has changed, until nothing more will come; NotFoundError, also when it is deleted."""
+        if self._watchers >= WATCHERS_MAX:
+            raise UnavailableError("too many callers are waiting for images; try again later")
+        self._watchers += 1
+        try:
+            shown: Image | None = None
+            while not self._parked and (shown is None or shown.status in UNFINISHED):
+                image = await self.get(image_id)
+                if image != shown:
+                    yield image
+                shown = image
+                if image.status in UNFINISHED:
+                    await asyncio.sleep(WATCH_INTERVAL_S)
+        finally:
+            self._watchers -= 1
 
     def _live(self, image: Image) -> Image:
         """The record with its size as of now, not as of the last checkpoint."""
@@ -200,17 +255,6 @@ class ImageService:
         await self._data(self._collector.forget, fetch_ref(image.id))
         if image.digest:
             await self._data(self._collector.drop, image.blob)
-
-    # -- garbage -----------------------------------------------------------------------------------------------------
-
-    async def keep_collecting(self, interval_s: float) -> None:
-        """Collect garbage from time to time, until cancelled. A round that fails is logged; the next one comes."""
-        while True:
-            await asyncio.sleep(interval_s)
-            try:
-                await self._data(self._collector.collect)
-            except Exception:
-                log.exception("garbage collection failed")
 
 
 def check_expected(expected: Expected) -> Expected:

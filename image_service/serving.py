@@ -19,10 +19,12 @@ from typing import BinaryIO
 
 from aiohttp import hdrs, web
 
+from image_service.collector import Collector
 from image_service.said import DIGEST_HEADER
+from image_service.spool import Pools
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import NotFoundError, from_os_error
+from imaging.errors import InvalidArgumentError, NotFoundError, from_os_error
 from imaging.threads import Offload
 
 SEGMENT_BYTES = 8 << 20
@@ -33,6 +35,9 @@ SEGMENT_TIMEOUT_S = 600.0
 
 PIECE_BYTES = 1 << 20
 """Read at once from a store without local files."""
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+"""What has its digest for a name never changes; a year is as long as caches count."""
 
 _RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*\Z")
 
@@ -107,6 +112,30 @@ def headers_of(chosen: Plan, info: BlobInfo) -> dict[str, str]:
     if chosen.status == 416:
         headers[hdrs.CONTENT_RANGE] = f"bytes */{info.size_bytes}"
     return headers
+
+
+class BlobEndpoints:
+    """``/blobs/sha256:<hex>``: blobs by their own name, for caches."""
+
+    def __init__(self, collector: Collector, blobs: BlobStore, pools: Pools) -> None:
+        self._collector = collector
+        self._blobs = blobs
+        self._pools = pools
+
+    def add_to(self, app: web.Application) -> None:
+        """Route requests here."""
+        app.router.add_get("/blobs/{digest}", self.get)
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        """GET and HEAD of a blob an image (or something derived from one) has."""
+        try:
+            digest = Digest.parse(request.match_info["digest"])
+        except InvalidArgumentError as err:
+            raise NotFoundError("not found") from err
+        if digest.algorithm != "sha256" or not await self._pools.records(self._collector.is_named, digest):
+            raise NotFoundError("not found")
+        info = await self._pools.data(self._blobs.info, digest)
+        return await send_blob(request, self._blobs, info, self._pools.data, {hdrs.CACHE_CONTROL: IMMUTABLE})
 
 
 async def send_blob(

@@ -8,6 +8,7 @@ client knows it, on uploads, which are then refused with 422 if they are somethi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,10 +21,12 @@ from image_service.derive_web import DerivedEndpoints
 from image_service.lifecycle import UNKNOWN_SIZE, Image, ImageType
 from image_service.said import (
     TYPE_HEADER,
+    Wanted,
     details_of_headers,
     details_of_request,
     expected_of,
     expected_of_request,
+    parse_size,
 )
 from image_service.service import ImageService
 from image_service.serving import send_blob
@@ -35,6 +38,13 @@ from rpc.messages import ZERO_TIME, FetchRequest, ImageRecord, from_wire
 
 BODY_TIMEOUT_S = 30.0
 """A request body of up to a megabyte over the slowest sane link."""
+
+
+PAGE_MAX = 1000
+"""Records of a page: about a megabyte."""
+
+WAIT_MAX_S = 120
+"""Longer than this a proxy between would hang up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +104,32 @@ def _image_id(request: web.Request) -> str:
         raise NotFoundError("not found") from err
 
 
+def _limit(request: web.Request) -> int | None:
+    """How many a page holds; None if no page was asked for: then everything is shown, as it has always been."""
+    text = request.query.get("limit")
+    if text is None:
+        return PAGE_MAX if "after" in request.query else None
+    limit = parse_size(text)
+    if not 1 <= limit <= PAGE_MAX:
+        raise InvalidArgumentError(f"limit must be from 1 to {PAGE_MAX}")
+    return limit
+
+
+def wait_of(preferences: Sequence[str]) -> int:
+    """The seconds of ``wait`` in Prefer headers (RFC 7240), bounded; 0 if there is none that makes sense."""
+    for preference in ",".join(preferences).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        digits = value.strip().strip('"')
+        if name.strip().lower() == "wait" and digits.isascii() and digits.isdigit():
+            return min(int(digits[:9]), WAIT_MAX_S)
+    return 0
+
+
+def _event(name: str, data: bytes) -> bytes:
+    """A server-sent event; JSON has no line breaks."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
 class ImageEndpoints:
     """The handlers of ``/images``."""
 
@@ -115,13 +151,19 @@ class ImageEndpoints:
         router.add_get("/images/{id}", self.get)
         router.add_delete("/images/{id}", self.delete)
         router.add_get("/images/{id}/download", self.download)
+        router.add_get("/images/{id}/events", self.events, allow_head=False)
         router.add_route("*", "/images{rest:(?:/[^/]+)*}/", _without_slash)
 
     async def list(self, request: web.Request) -> web.Response:
-        """GET /images."""
-        text = request.query.get("type", "")
-        image_type = ImageType.parse(text, "invalid type") if text else None
-        return _json(200, [to_record(image) for image in await self._service.list(image_type)])
+        """GET /images: all that fit, or a page of them."""
+        wanted, after, limit = Wanted.parse(request.query), request.query.get("after", ""), _limit(request)
+        images, more = await self._service.page(wanted.fits, after_id=after, limit=limit)
+        twins = await self._service.twins(images)
+        response = _json(200, [to_record(image, twins[image.id]) for image in images])
+        if more:
+            following = request.rel_url.update_query(after=images[-1].id)
+            response.headers[hdrs.LINK] = f'<{following}>; rel="next"'
+        return response
 
     async def create(self, request: web.Request) -> web.Response:
         """POST /images."""
@@ -140,14 +182,14 @@ class ImageEndpoints:
         length = request.content_length
         image = await self._service.upload(
             image_type,
-            self._body(request),
+            self.body(request),
             length_bytes=UNKNOWN_SIZE if length is None else length,
             details=details_of_headers(request.headers),
             expected=expected_of(request.headers),
         )
         return _json(200, to_record(image))
 
-    async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
+    async def body(self, request: web.Request) -> AsyncIterator[bytes]:
         """The request's body as it comes in; an error if it stops coming or the client goes away."""
         if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -165,8 +207,39 @@ class ImageEndpoints:
             yield chunk
 
     async def get(self, request: web.Request) -> web.Response:
-        """GET /images/{id}."""
-        return _json(200, to_record(await self._service.get(_image_id(request))))
+        """GET /images/{id}; with ``Prefer: wait=SECONDS`` when it is complete or has failed, or that time is over."""
+        image_id, wait_s = _image_id(request), wait_of(request.headers.getall("Prefer", []))
+        image = await self._service.get(image_id)
+        if wait_s:
+            image = await self._wait(image, wait_s)
+        response = _json(200, to_record(image, (await self._service.twins([image]))[image.id]))
+        if wait_s:
+            response.headers["Preference-Applied"] = f"wait={wait_s}"
+        return response
+
+    async def _wait(self, image: Image, wait_s: int) -> Image:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), contextlib.aclosing(self._service.watch(image.id)) as changes:
+                async for changed in changes:
+                    image = changed
+        return image
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """GET /images/{id}/events: the record as a server-sent event, now and whenever it changes, until it is complete or has failed."""
+        image_id = _image_id(request)
+        await self._service.get(image_id)  # an unknown one is refused before the stream begins
+        response = web.StreamResponse(
+            headers={hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store", "X-Accel-Buffering": "no"}
+        )
+        await response.prepare(request)
+        async with contextlib.aclosing(self._service.watch(image_id)) as changes:
+            try:
+                async for image in changes:
+                    await response.write(_event(image.status.value, msgspec.json.encode(to_record(image))))
+            except NotFoundError:
+                await response.write(_event("deleted", msgspec.json.encode({"id": image_id})))
+        await response.write_eof()
+        return response
 
     async def delete(self, request: web.Request) -> web.Response:
         """DELETE /images/{id}."""
@@ -179,7 +252,7 @@ class ImageEndpoints:
 
 
 async def _expect_nothing_yet(request: web.Request) -> web.StreamResponse | None:
-    """``100 Continue`` is sent when the upload has been admitted (:meth:`ImageEndpoints._body`), so that a refused one is never sent."""
+    """``100 Continue`` is sent when the upload has been admitted (:meth:`ImageEndpoints.body`), so that a refused one is never sent."""
     expectation = request.headers.get(hdrs.EXPECT, "")
     if expectation.lower() == "100-continue":
         return None
