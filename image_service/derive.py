@@ -141,6 +141,10 @@ class DerivedStore:
         self._drop(self.index.sweep(wanted))
         self.chunks.sweep(wanted, self.index.digests())
 
+    def source_gone(self, digest: Digest) -> None:
+        """Give up what was made from a blob that no record names any more."""
+        self._drop(self.index.forget_source(digest))
+
     def digests(self) -> set[Digest]:
         """Blobs the index names."""
         return self.index.digests()

@@ -118,6 +118,11 @@ class DerivedIndex:
             excess_bytes = sum(derived.size_bytes for _, derived in left) - self._limits.cache_max_bytes
             return [*gone, *self._evict(left, excess_bytes)]
 
+    def forget_source(self, source: Digest) -> Sequence[Digest]:
+        """Forget what was made from a blob; the blobs that lost their entry."""
+        with self._lock:
+            return self._remove([pair for pair in self._entries() if str(source) in pair[1].sources])
+
     def make_room(self, wanted_bytes: int) -> Sequence[Digest]:
         """Forget the least recently used entries of so many bytes, or all that nobody is about to read; their blobs."""
         with self._lock:
