@@ -172,10 +172,18 @@ def _mounts(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def _processes(nodes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Processes end while we look, and some are not ours to see: those are left out."""
     for process in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208 - see below
-        with contextlib.suppress(OSError):
-            # Hundreds of processes with dozens of files: pathlib would cost four times as much.
-            targets = {os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")}  # noqa: PTH115, PTH208
-            held = {_volume_behind(target, nodes) for target in targets if target.startswith("/dev/")} - {None}
-            if held:
+        targets = {target for target in _open_files(process) if target.startswith("/dev/")}
+        held = {_volume_behind(target, nodes) for target in targets} - {None}
+        if held:
+            with contextlib.suppress(OSError):
                 name = Path(f"/proc/{process}/comm").read_text().strip()
                 yield from ((str(volume), f"process {process} ({name})") for volume in held)
+
+
+def _open_files(process: int) -> Iterator[str]:
+    """Hundreds of processes with dozens of files: pathlib would cost four times as much."""
+    directory = f"/proc/{process}/fd"
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(directory):  # noqa: PTH208
+            with contextlib.suppress(OSError):  # closed meanwhile, like the listing's own descriptor
+                yield os.readlink(f"{directory}/{fd}")  # noqa: PTH115
