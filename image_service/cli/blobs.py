@@ -55,7 +55,12 @@ def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: b
 @command.command()
 @click.argument("url")
 @STORE_OPTION
-@click.option("--pull-policy", type=click.Choice(list(PullPolicy)), default=PullPolicy.UPDATE.value, show_default=True)
+@click.option(
+    "--pull-policy",
+    type=click.Choice([policy.value for policy in PullPolicy]),
+    default=PullPolicy.UPDATE.value,
+    show_default=True,
+)
 @click.option("--latest", is_flag=True, help="Mark the image as the latest of its name.")
 def fetch(url: str, store: str, pull_policy: str, *, latest: bool) -> None:
     """Fetch an app container image from URL and print its key.

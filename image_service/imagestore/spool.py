@@ -22,7 +22,7 @@ from image_service.imagestore.steps import step
 from imaging.aci_image import HEAD_BYTES, detect_compression
 from imaging.compression import Compression, DecompressingReader, DecompressionLimits, Readable
 from imaging.digests import Digest, MultiHasher
-from imaging.errors import BadDataError
+from imaging.errors import BadDataError, TooLargeError
 from imaging.files import TEMPORARY_PREFIX, os_errors, publish, start_writeback, write_all
 from imaging.tarball import CUT_OFF
 
@@ -152,7 +152,25 @@ def open_image(source: Readable, limits: DecompressionLimits) -> Readable:
     known = _Source(source)
     with step("error decompressing image"):
         compression = detect_compression(known.head)
+    if compression is Compression.NONE:
+        return _Plain(known, limits.output_max_bytes)
     return _Unpacked(known, compression, limits)
+
+
+class _Plain:
+    """The bytes as they are: no decoder, no copy."""
+
+    def __init__(self, source: _Source, max_bytes: int) -> None:
+        self._source = source
+        self._left_bytes = max_bytes
+        self._head = source.head
+
+    def read(self, size: int = -1, /) -> bytes:
+        piece, self._head = self._head or self._source.read(size), b""
+        self._left_bytes -= len(piece)
+        if self._left_bytes < 0:
+            raise TooLargeError("the image is larger than the limit")
+        return piece
 
 
 class _Unpacked:
@@ -172,12 +190,14 @@ class _Unpacked:
 
 
 def fill(target: Temporary, source: Readable) -> tuple[Digest, int]:
-    """Write all of ``source`` durably; its sha512 and length. Hashing goes on beside reading and writing."""
+    """Write all of ``source`` durably; its sha512 and length. Reading, hashing and writing go on beside each other."""
     hasher = MultiHasher(["sha512"])
     size = flushed = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+    with ThreadPoolExecutor(2, thread_name_prefix="import") as pool:
         hashing: Future[None] | None = None
-        while piece := source.read(PIECE_BYTES):
+        reading = pool.submit(source.read, PIECE_BYTES)
+        while piece := reading.result():
+            reading = pool.submit(source.read, PIECE_BYTES)
             if hashing is not None:
                 hashing.result()
             hashing = pool.submit(hasher.update, piece)
