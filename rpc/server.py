@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import orjson
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from imaging.errors import InvalidArgumentError, TooLargeError
@@ -94,6 +95,7 @@ def create_app(
     lifecycle = Lifecycle()
     metrics = Metrics(settings.component, settings.version, in_flight=lambda: lifecycle.in_flight)
     guard = _Guard(settings, metrics, lifecycle, render_error)
+    logging.getLogger("aiohttp.server").addFilter(_is_our_error)
     app = web.Application(middlewares=[guard.middleware], client_max_size=settings.body_max_bytes)
     app.on_response_prepare.append(guard.finish_headers)
     app[LIFECYCLE], app[METRICS] = lifecycle, metrics
@@ -104,6 +106,15 @@ def create_app(
         register_discovery(registry, settings.component, settings.version)
         app.router.add_route("*", RPC_PATH, _RpcEndpoint(Dispatcher(registry, observe=metrics.count_call)).handle)
     return app
+
+
+def _is_our_error(record: logging.LogRecord) -> bool:
+    """Whether aiohttp's record of an error is one: what is no HTTP is its sender's, who could fill the log with it."""
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, HttpProcessingError):
+        return True
+    log.debug("a request that is no HTTP", extra={"cause": error.message})
+    return False
 
 
 # -- around every request --------------------------------------------------------------------------------------------------

@@ -119,6 +119,25 @@ async def test_rpc_get_with_body_over_a_raw_socket_answers(server: TestServer) -
     assert answer.endswith(b'"error":null,"id":1}\n')
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"\x16\x03\x01 TLS to a plain port\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    ],
+    ids=["no host", "two hosts", "tls", "endless header"],
+)
+async def test_request_that_is_no_http_is_400_and_no_error_of_ours(
+    server: TestServer, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    with caplog.at_level(logging.INFO):
+        answer = await raw(server, sent)
+    assert b" 400 Bad Request\r\n" in answer
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
 async def test_rpc_with_empty_body_is_eof(server: TestServer) -> None:
     answer = await raw(server, head(f"POST {RPC}"))
     assert answer.startswith(b"HTTP/1.1 400 ")
