@@ -42,7 +42,10 @@ BACKENDS = {
     "apt": Backend(_program("apt-get"), "needs a Debian machine"),
     "zfs": Backend(lambda: "MISTIFY_LAB_POOL" in os.environ, "run them with make test-zfs, which has a pool for them"),
     "etcd": Backend(_program("etcd"), "apt-get install etcd-server"),
-    "s3": Backend(_program("minio"), "install minio"),
+    "s3": Backend(
+        _program("swift-proxy-server"),
+        "apt-get install swift-proxy swift-account swift-container swift-object memcached",
+    ),
     "browser": Backend(_program("chromium"), "apt-get install chromium"),
 }
 

@@ -325,7 +325,7 @@ def _answer(status: int, data: bytes, endpoint: str, what: str) -> dict[str, Any
         raise _foreign(status, data, endpoint, what) from err
     if not isinstance(decoded, dict):
         raise _foreign(status, data, endpoint, what)
-    if status < 400 and "error" not in decoded:  # noqa: PLR2004
+    if status < 400 and "error" not in decoded:
         return decoded
     raise refusal_of(decoded, what)
 
@@ -344,10 +344,10 @@ def refusal_of(decoded: Mapping[str, Any], what: str) -> Exception:
 def _foreign(status: int, data: bytes, endpoint: str, what: str) -> Exception:
     """An answer that is not the gateway's JSON."""
     text = data[:120].decode(errors="replace").strip()
-    if status == 404:  # noqa: PLR2004
+    if status == 404:
         return _RefusedError(UnsupportedError(f"{what}: {endpoint} has no v3 gateway ({text})"))
     if status in {400, 401, 403}:
-        kind = InvalidArgumentError if status == 400 else NotPermittedError  # noqa: PLR2004
+        kind = InvalidArgumentError if status == 400 else NotPermittedError
         return _RefusedError(kind(f"{what}: {endpoint} refuses the request ({text})"))
     return UncertainError(f"{endpoint} answered {status}: {text}")
 

@@ -51,9 +51,8 @@ class EtcdCluster:
         """The node that the nodes hold for their leader."""
         for node in self.nodes:
             status = node.status(self._pools) if node.process.is_running else None
-            if status and status.get("leader", "0") not in {"", "0"}:
-                if status["leader"] == status["header"]["member_id"]:
-                    return node
+            if status and status.get("leader", "0") == status["header"]["member_id"]:
+                return node
         return None
 
     def followers(self) -> list[EtcdNode]:
