@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import codec, harness, rpc_calls, simplestreams, transfers
+from bench import codec, harness, imagestore, rpc_calls, simplestreams, transfers
 
 BENCHMARKS: dict[str, Callable[[harness.Report, Path], None]] = {
     "rpc": rpc_calls.run,
     "codec": codec.run,
     "transfers": transfers.run,
+    "imagestore": imagestore.run,
     "simplestreams": simplestreams.run,
 }
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
