@@ -170,13 +170,13 @@ def matches(item: StreamItem, words: Sequence[str]) -> bool:
 
 
 def parse_wanted(text: str, products: Sequence[str]) -> Wanted:
-    """``PRODUCT[:VERSION]`` or ``ALIAS[:VERSION]``; product ids have colons themselves."""
-    if text in products:
-        return Wanted(text)
-    name, colon, version = text.rpartition(":")
-    if colon and (name in products or ":" not in name):
-        return Wanted(name, version)
-    return Wanted(text)
+    """``PRODUCT[:VERSION]`` or ``ALIAS[:VERSION]``. Products and versions have colons themselves, aliases have none."""
+    known = [one for one in products if text == one or text.startswith(f"{one}:")]
+    if known:
+        longest = max(known, key=len)
+        return Wanted(longest, text[len(longest) + 1 :])
+    name, _, version = text.partition(":")
+    return Wanted(name, version)
 
 
 def find_image(catalogue: StreamCatalogue, text: str, image_type: ImageType, arch: str = "") -> StreamItem:

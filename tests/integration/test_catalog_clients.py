@@ -15,11 +15,17 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 
+from image_service.catalog_mirror import Mirror, MirrorOptions
+from imaging.simplestreams.signing import Verifier
+from imaging.simplestreams.sources import HttpSource
+from imaging.simplestreams.transfer import items_of
+from imaging.simplestreams.tree import Filter, TreeReader
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import call, upload
 from tests.simplestreams.catalogues import key
 from tests.simplestreams.clients import Client
 from tests.simplestreams.tls import Front, tls_front
+from tests.simplestreams.trees import served
 
 RANDOM = random.Random(6)
 pytestmark = [pytest.mark.backend("apt"), pytest.mark.slow]
@@ -157,3 +163,18 @@ def test_client_notices_a_file_that_was_tampered_with(site: Site, client: Client
     finally:
         stored.write_bytes(good)
         stored.chmod(mode)
+
+
+def test_client_uses_a_mirror_served_by_any_web_server(site: Site, tmp_path: Path) -> None:
+    target = tmp_path / "mirror"
+    verifier = Verifier(key().public)
+    source = HttpSource(site.service.url)
+    options = MirrorOptions(filters=[Filter("release=bookworm")])
+    report = Mirror(TreeReader(source, verifier), items_of(source), target, options).run()
+    assert (report.failed, report.signed) == ([], True)
+    with served(target) as server, tls_front(server.server_address[1], tmp_path) as front:
+        client = Client("incus", front.url, front.certificate, tmp_path / "home")
+        assert len(client.images()) == 2
+        client.run("image", "export", "x:bookworm", str(client.home))
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in client.home.iterdir() if path.is_file()}
+    assert hashlib.sha256(SQUASHFS).hexdigest() in digests

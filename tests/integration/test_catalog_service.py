@@ -15,6 +15,7 @@ import requests
 from click.testing import CliRunner, Result
 
 from image_service.cli import cli
+from imaging.sendstream.volume import StreamHeader, make_stream
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import FETCHING, call, download, sha256, upload
 from tests.simplestreams.catalogues import key
@@ -159,6 +160,19 @@ def test_image_that_cannot_be_offered_says_why(service: Daemon) -> None:
     [entry] = [one for one in call(service, "GET", "/catalog/images").json() if one["image_id"] == image_id]
     assert "must be a tarball" in entry["reason"]
     assert product_of(service, image_id) is None
+
+
+def test_volume_stream_is_offered_as_it_is(service: Daemon, tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(RAW)
+    header = StreamHeader(toname="pool/disk@1", guid=1, creation_s=1, volblocksize_bytes=16384)
+    with disk.open("rb") as file:
+        stream = b"".join(make_stream(file.fileno(), len(RAW), header))
+    for data in (stream, gzip.compress(stream)):
+        image_id = upload(service, data)["id"]
+        [version] = product_of(service, image_id)["versions"].values()
+        assert list(version["items"]) == ["volume.zfs"]
+        assert version["items"]["volume.zfs"]["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_catalogue_survives_a_restart_and_is_the_same_again(tmp_path: Path) -> None:

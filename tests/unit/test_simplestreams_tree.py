@@ -179,11 +179,13 @@ def test_tree_of_image_ids_is_read_too(tmp_path: Path) -> None:
         ("a:b:c:2024", "a:b:c", "2024"),
         ("jammy", "jammy", ""),
         ("jammy:2024", "jammy", "2024"),
-        ("x:y:z", "x:y:z", ""),
+        ("a:b:c:20240101_13:00", "a:b:c", "20240101_13:00"),
+        ("a:b:c:d", "a:b:c:d", ""),
+        ("alpine/3.20:20240101_13:00", "alpine/3.20", "20240101_13:00"),
     ],
 )
 def test_wanted_is_a_product_or_an_alias_and_a_version(text: str, name: str, version: str) -> None:
-    wanted = parse_wanted(text, ["a:b:c"])
+    wanted = parse_wanted(text, ["a:b:c", "a:b:c:d"])
     assert (wanted.name, wanted.version) == (name, version)
 
 
