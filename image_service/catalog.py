@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from image_service.catalog_entries import BUILD_LEASE, LEASE_TTL_S, CatalogEntry, CatalogLabels, EntryBuilder, entry_key
+from image_service.catalog_entries import LEASE_TTL_S, CatalogEntry, CatalogLabels, EntryBuilder, entry_key
 from image_service.lifecycle import Image, ImageStatus
 from image_service.metadata import MetadataStore
 from image_service.spool import Pools, settled
@@ -150,6 +150,8 @@ class CatalogBuilder:
             return entry
         try:
             entry = self._builder.build(image, labels)
+        except UnavailableError:
+            raise  # something is down, or we are stopping: that says nothing about the image
         except MistifyError as err:
             log.warning("image is not offered: %s", err.message, extra={"image_id": image.id})
             filled = labels.filled(image)
@@ -173,9 +175,9 @@ class CatalogBuilder:
             return False
         return True
 
-    def close(self) -> None:
-        """Nobody builds any more: what a half-built entry left may go."""
-        self._blobs.release(BUILD_LEASE)
+    def stop(self) -> None:
+        """End what is being built, from another thread."""
+        self._builder.stop()
 
 
 def downloads_document(entries: Sequence[CatalogEntry]) -> Document:
@@ -238,11 +240,16 @@ class Catalog:
     async def refresh(self) -> None:
         """Bring the catalogue up to date, or return after BUILD_WAIT_S while that goes on; UnavailableError if there is none yet."""
         task = asyncio.ensure_future(self._refresh())
+        task.add_done_callback(_tell)
         done, _ = await asyncio.wait([task], timeout=BUILD_WAIT_S)
         if done:
             task.result()
         elif not (self.directory / "streams").exists():
             raise UnavailableError("the catalogue is being built; try again later")
+
+    def stop(self) -> None:
+        """End what is being built: the service is ending."""
+        self._builder.stop()
 
     async def _refresh(self) -> None:
         async with self._lock:
@@ -260,3 +267,10 @@ class Catalog:
     async def find_labels(self, image_id: str) -> CatalogLabels:
         """How an image appears."""
         return await self._offload(self._builder.labels.find, image_id)
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    """Log why a build failed: whoever waited for it may be gone."""
+    err = None if task.cancelled() else task.exception()
+    if err is not None:
+        log.warning("catalogue was not built: %s", err)

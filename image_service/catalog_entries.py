@@ -13,7 +13,8 @@ import lzma
 import platform
 import tarfile
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +25,12 @@ import msgspec
 
 from image_service.lifecycle import Image, ImageType
 from imaging.blobs.base import BlobInfo, BlobStore
-from imaging.compression import Compression, open_decompressed, sniff
+from imaging.compression import Compression, Readable, open_decompressed, sniff
 from imaging.digests import Digest
-from imaging.diskimage.base import DiskFormat
+from imaging.diskimage.base import Disk, DiskFormat, Extent
 from imaging.diskimage.probe import open_disk, sniff_disk
 from imaging.diskimage.qcow2_writer import write_qcow2
-from imaging.errors import UnsupportedError
+from imaging.errors import UnavailableError, UnsupportedError
 from imaging.files import os_errors
 
 PIECE_BYTES = 1 << 20
@@ -112,12 +113,45 @@ class _Root:
     info: BlobInfo
 
 
+class _Interruptible:
+    """A disk that asks before every piece whether to go on."""
+
+    def __init__(self, disk: Disk, check: Callable[[], None]) -> None:
+        self._disk = disk
+        self._check = check
+        self.format = disk.format
+        self.virtual_size_bytes = disk.virtual_size_bytes
+
+    def extents(self) -> Iterator[Extent]:
+        """As the disk."""
+        return self._disk.extents()
+
+    def read(self, extent: Extent) -> bytes:
+        """As the disk, or UnavailableError."""
+        self._check()
+        return self._disk.read(extent)
+
+
 class EntryBuilder:
     """Builds entries. Blocking; one thread at a time."""
 
     def __init__(self, blobs: BlobStore, workdir: Path) -> None:
         self._blobs = blobs
         self._workdir = workdir
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End what is being built, from another thread: it raises UnavailableError soon, and so does everything after it."""
+        self._stopped.set()
+
+    def _pieces(self, source: Readable) -> Iterator[bytes]:
+        while piece := source.read(PIECE_BYTES):
+            self._check_stopped()
+            yield piece
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise UnavailableError("the catalogue is not built any more: the service is ending")
 
     def build(self, image: Image, labels: CatalogLabels) -> CatalogEntry:
         """The entry of a complete image. What can't be offered becomes an entry with a reason."""
@@ -166,7 +200,7 @@ class EntryBuilder:
     def _converted(self, image: Image, info: BlobInfo) -> BlobInfo:
         """The disk as qcow2."""
         with self._plain_file(info) as source, tempfile.TemporaryFile(dir=self._workdir) as target:
-            write_qcow2(open_disk(source.fileno()), target.fileno())
+            write_qcow2(_Interruptible(open_disk(source.fileno()), self._check_stopped), target.fileno())
             target.seek(0)
             return self._store(f"catalog-{image.id}", target)
 
@@ -176,7 +210,7 @@ class EntryBuilder:
         with self._blobs.open(info.digest) as blob, tempfile.TemporaryFile(dir=self._workdir) as file:
             with os_errors("cannot unpack a disk image"):
                 reader = open_decompressed(blob)
-                while piece := reader.read(PIECE_BYTES):
+                for piece in self._pieces(reader):
                     _write_sparse(file, piece)
                 file.truncate()
             yield file
@@ -185,7 +219,7 @@ class EntryBuilder:
         self._blobs.lease(BUILD_LEASE, ttl_s=LEASE_TTL_S)
         with self._blobs.ingest(ref, lease=BUILD_LEASE) as writer:
             writer.restart()
-            while piece := source.read(PIECE_BYTES):
+            for piece in self._pieces(source):
                 writer.write(piece)
             info = writer.commit()
         self._blobs.lease(BUILD_LEASE, [info.digest], ttl_s=LEASE_TTL_S)
@@ -203,7 +237,7 @@ class EntryBuilder:
     def _combined(self, packed: bytes, root: BlobInfo) -> str:
         hasher = hashlib.sha256(packed)
         with self._blobs.open(root.digest) as file:
-            while piece := file.read(PIECE_BYTES):
+            for piece in self._pieces(file):
                 hasher.update(piece)
         return hasher.hexdigest()
 

@@ -48,6 +48,10 @@ class CatalogEndpoints:
         app.router.add_get("/catalog/images", self.list)
         app.router.add_get("/catalog/images/{id}", self.get)
         app.router.add_put("/catalog/images/{id}", self.put)
+        app.on_shutdown.append(self._stop)
+
+    async def _stop(self, _app: web.Application) -> None:
+        self._catalog.stop()
 
     async def document(self, request: web.Request) -> web.StreamResponse:
         """GET and HEAD /streams/v1/{name}."""
