@@ -31,6 +31,7 @@ from imaging.errors import (
     NoSpaceError,
     NotFoundError,
     NotPermittedError,
+    StoreRemovalError,
     TooLargeError,
     UnavailableError,
     UnsupportedError,
@@ -67,6 +68,7 @@ _CODES: dict[type[MistifyError], int] = {
     UnsupportedError: -32008,
     NotPermittedError: -32009,
     UnavailableError: -32010,
+    StoreRemovalError: -32011,
 }
 """Numbers of the 2.0 dialect, from the range it leaves to servers; ``data.code`` is the name to go by."""
 

@@ -26,6 +26,7 @@ _CODES: dict[str, type[MistifyError]] = {
         errors.UnsupportedError,
         errors.NotPermittedError,
         errors.UnavailableError,
+        errors.StoreRemovalError,
         errors.InternalError,
     )
 }
