@@ -7,7 +7,8 @@ Two images with one content digest are the same image, whatever their encoding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from imaging.compression import Compression, DecompressionLimits
@@ -72,3 +73,7 @@ class Facts:
     """Size of the virtual disk; 0 if there is none."""
     content_digest: str = ""
     """sha256 of the content. Unknown for disks over the limit and for packages of several streams."""
+    name: str = ""
+    """What the image calls itself. This and the next two: app containers and OCI layouts."""
+    version: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)

@@ -9,18 +9,20 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from image_service import diskfile
 from image_service.admission import Admission
 from image_service.collector import Collector
-from image_service.facts import Facts, InspectionLimits
+from image_service.facts import Facts, ImageFormat, InspectionLimits
+from image_service.imagestore.describing import describe
 from image_service.inspection import Inspection
-from image_service.lifecycle import Image, ImageType, facts_of
+from image_service.lifecycle import Details, Image, ImageType, facts_of
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, MistifyError
+from imaging.errors import BadDataError, InvalidArgumentError, MistifyError
 
 INSPECTIONS_MAX = 16
 """At once, while bytes come in: a decoder may hold 128 MiB. Further images are read when they are stored."""
@@ -90,7 +92,15 @@ class Inspector:
                 facts = self._inspect(image, info, inspection)
         if image.expected_format and image.expected_format != facts.format:
             raise BadDataError(f"the image is {facts.format}, not {image.expected_format}")
-        return facts
+        return self._described(image, info, facts)
+
+    def _described(self, image: Image, info: BlobInfo, facts: Facts) -> Facts:
+        """The facts with what a container image says about itself, as far as a record can hold it."""
+        if image.type is not ImageType.CONTAINER or facts.format not in {ImageFormat.TAR, ImageFormat.RAW}:
+            return facts
+        said = describe(self._blobs, info.digest, facts.compression)
+        labels = {key: value for key, value in said.labels.items() if fits(key, value)}
+        return replace(facts, name=said.name, version=said.version, labels=labels)
 
     def _known(self, image: Image, digest: Digest) -> Facts | None:
         """What was found when the same bytes were looked at before."""
@@ -118,3 +128,12 @@ class Inspector:
                 limits=self._limits,
                 room=lambda size, held: room.announce(size, received_bytes=held),
             )
+
+
+def fits(key: str, value: str) -> bool:
+    """Whether a record may have this label."""
+    try:
+        Details(labels={key: value}).check()
+    except InvalidArgumentError:
+        return False
+    return True

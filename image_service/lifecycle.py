@@ -302,6 +302,9 @@ def _with_facts(image: Image, facts: Facts) -> Image:
         unpacked_size_bytes=facts.unpacked_size_bytes,
         unpacked_sha256=facts.unpacked_sha256,
         unpacked_sha512=facts.unpacked_sha512,
+        name=image.name or facts.name,
+        version=image.version or facts.version,
+        labels={**facts.labels, **image.labels},
     )
 
 

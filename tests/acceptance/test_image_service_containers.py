@@ -1,0 +1,85 @@
+"""Container images of every kind through the running service, found by name and labels."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.daemons import Daemon, start_image_service
+from tests.acceptance.image_service_calls import call, download, stored_files, upload
+from tests.codec import samples
+from tests.imagestore.images import aci, entry, tar
+from tests.imagestore.test_oci_images import Layout
+
+ROOTFS = tar(entry("etc", None), entry("etc/hostname", b"guest\n"))
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("containers") / "state"
+
+
+@pytest.fixture(scope="module")
+def service(state_dir: Path) -> Iterator[Daemon]:
+    with start_image_service(state_dir) as daemon:
+        yield daemon
+
+
+def _layout() -> bytes:
+    layout = Layout()
+    return layout.tag(layout.image(b"layer"), "example.com/oci:v1").pack()
+
+
+def _found(service: Daemon, query: str) -> list[str]:
+    response = call(service, "GET", f"/images?{query}")
+    assert response.status_code == 200, response.text
+    return [str(record["id"]) for record in response.json()]
+
+
+def test_app_container_is_found_by_name_and_labels_of_its_manifest(service: Daemon) -> None:
+    image = gzip.compress(aci(labels={"version": "1.0", "os": "linux", "arch": "amd64"}))
+    record = upload(service, image, image_type="container")
+    assert (record["name"], record["version"], record["format"]) == ("example.com/app", "1.0", "tar")
+    assert record["labels"] == {"version": "1.0", "os": "linux", "arch": "amd64", "kind": "aci"}
+    assert _found(service, "name=example.com/app&label=os=linux&label=arch=amd64") == [record["id"]]
+    assert _found(service, "name=example.com/app&label=arch=arm64") == []
+    assert download(service, record["id"]).content == image
+
+
+def test_layout_is_found_by_name_and_tag(service: Daemon) -> None:
+    record = upload(service, _layout(), image_type="container")
+    assert (record["name"], record["version"]) == ("example.com/oci", "v1")
+    assert _found(service, "label=kind=oci&label=tag=v1") == [record["id"]]
+
+
+def test_what_the_bringer_says_counts_before_what_the_image_says(service: Daemon) -> None:
+    headers = {"X-Image-Name": "mine", "X-Image-Label": "os=other"}
+    record = upload(service, aci(content=b"2", labels={"os": "linux"}), image_type="container", **headers)
+    assert (record["name"], record["labels"]["os"]) == ("mine", "other")
+
+
+OTHERS: dict[str, tuple[bytes, str, dict[str, Any]]] = {
+    "a root file system": (ROOTFS, "tar", {}),
+    "a squashfs": (b"hsqs" + bytes(8188), "raw", {"kind": "squashfs"}),
+    "a filesystem's stream": (samples.load("fs-Lec"), "zfs", {}),
+}
+
+
+@pytest.mark.parametrize("what", sorted(OTHERS))
+def test_other_containers_are_taken_as_they_are(service: Daemon, what: str) -> None:
+    data, kind, labels = OTHERS[what]
+    record = upload(service, data, image_type="container")
+    assert (record["status"], record["format"], record.get("labels", {})) == ("complete", kind, labels)
+    assert download(service, record["id"]).content == data
+
+
+def test_app_container_that_breaks_a_rule_leaves_nothing(service: Daemon, state_dir: Path) -> None:
+    before = stored_files(state_dir)
+    response = call(service, "PUT", "/images", data=aci("Not Valid"), headers={"X-Image-Type": "container"})
+    assert response.status_code == 422
+    assert "ACIdentifier must contain only" in response.json()["message"]
+    assert stored_files(state_dir) == before
