@@ -23,7 +23,9 @@ from image_service.fetcher import Fetcher
 from image_service.importer import Importer
 from image_service.inspector import Inspector
 from image_service.metadata import MetadataStore
+from image_service.openapi import OpenApiEndpoint
 from image_service.original import find_original, import_original
+from image_service.page import PageEndpoint
 from image_service.scrubbing import Scrubber
 from image_service.service import ImageService
 from image_service.serving import BlobEndpoints
@@ -118,6 +120,8 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         BlobEndpoints(collector, blobs, pools).add_to(app)
         catalog = Catalog(await pools.data(CatalogBuilder, records, blobs, config.catalog), pools)
         CatalogEndpoints(catalog, service, blobs, pools).add_to(app)
+        OpenApiEndpoint(settings.component, settings.version).add_to(app)
+        PageEndpoint().add_to(app)
         _observe(app, importer, config.images_dir)
         app[LIFECYCLE].park_hooks.extend([service.close, uploads.close])
         await service.start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import tempfile
@@ -81,6 +82,7 @@ class TusEndpoints:
     def _spoken(self, handler: Handler) -> Handler:
         """Every answer names the version; a client of another one is refused."""
 
+        @functools.wraps(handler)
         async def speak(request: web.Request) -> web.StreamResponse:
             if request.headers.get("Tus-Resumable") != VERSION:
                 response: web.StreamResponse = render_error(412, "this is tus 1.0.0", "unsupported")
