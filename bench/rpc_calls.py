@@ -48,6 +48,12 @@ def _compare(report: Report, connections: int, port: int, bare_port: int, body: 
         )
 
 
+def get_image_load(port: int, image_id: str) -> LoadResult:
+    """GetImage on one connection for SECONDS."""
+    body = json.dumps({"method": "ImageStore.GetImage", "params": [{"id": image_id}], "id": 1})
+    return _load(port, body, 1)
+
+
 def _load(port: int, body: str, connections: int) -> LoadResult:
     command = [sys.executable, "-m", "bench.load", str(port), PATH, body, str(connections), str(SECONDS)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120)

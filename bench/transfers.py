@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from bench import daemons
 from bench.disks import MIB, gzip_disk, write_disk
-from bench.harness import PeakMemory, Report, compare, mb_per_s, stopwatch
+from bench.harness import ROUNDS, Figure, PeakMemory, Report, Row, compare, mb_per_s, stopwatch
+from bench.rpc_calls import get_image_load
 from rpc.messages import ImageRequest, VolumeRequest
 
 SIZE_MIB = 1024
@@ -73,10 +77,26 @@ def _download(report: Report, stack: daemons.Stack, raw: Path) -> None:
                 size += len(piece)
         return mb_per_s(size, elapsed())
 
+    _latency_meanwhile(report, stack, snapshot_id, record.id)
     with _cat_server(raw) as port:
         reference = functools.partial(_read_all, port)
         report.add(compare("snapshot download", "MB/s", ours, ("cat file over a socket", reference)))
     stack.rpc.delete_dataset(VolumeRequest(id=clone.id.partition("/")[2]))
+
+
+def _latency_meanwhile(report: Report, stack: daemons.Stack, snapshot_id: str, image_id: str) -> None:
+    """GetImage on one connection while a download runs flat out, and while nothing else does."""
+    url = f"{stack.agent.url}/snapshots/download?id={quote(snapshot_id)}"
+    script = 'while curl -sSf -o /dev/null "$0"; do :; done'
+    row = Row("GetImage p99 while a snapshot is downloaded", Figure("ours", "ms"), Figure("no download", "ms"))
+    for _ in range(ROUNDS):
+        row.reference.values.append(get_image_load(stack.agent.port, image_id).p99_ms)
+        with subprocess.Popen(["bash", "-c", script, url], process_group=0) as downloads:
+            try:
+                row.ours.values.append(get_image_load(stack.agent.port, image_id).p99_ms)
+            finally:
+                os.killpg(downloads.pid, signal.SIGTERM)
+    report.add(row)
 
 
 @contextmanager
