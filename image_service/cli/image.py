@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ import click
 from image_service.imagestore.checking import Finding
 from image_service.imagestore.oci_checking import OciCheck
 from image_service.imagestore.oci_images import OciImage, OciImages
-from image_service.imagestore.options import STORE_OPTION, open_store
+from image_service.imagestore.options import STORE_OPTION, URL_OPTION, open_store
 from image_service.imagestore.references import (
     Found,
     Row,
@@ -21,9 +22,11 @@ from image_service.imagestore.references import (
     list_rows,
     manifest_of,
     pretty,
+    record_to_row,
     show_time,
     to_rows,
 )
+from image_service.imagestore.service_images import ServiceImages
 from image_service.imagestore.steps import chain
 from image_service.imagestore.store import ImageStore
 from imaging.errors import AlreadyExistsError, InvalidArgumentError, MistifyError, StoreRemovalError
@@ -63,19 +66,28 @@ def command() -> None:
 @click.option("--full", is_flag=True, help="Whole ids, sizes in bytes.")
 @click.option("--no-legend", is_flag=True, help="No line with the names of the columns.")
 @click.option("--format", "style", type=click.Choice(["table", "json", "json-pretty"]), default="table")
-def list_(store: str, fields: str, sort: str, order: str, style: str, *, full: bool, no_legend: bool) -> None:
+@URL_OPTION
+def list_(
+    store: str, fields: str, sort: str, order: str, style: str, url: str | None, *, full: bool, no_legend: bool
+) -> None:
     """List images."""
     columns = fields.split(",")
     for column in columns:
         if column not in FIELDS:
             raise InvalidArgumentError(f"unknown field {column[:64]!r}; there is: {', '.join(FIELDS)}")
-    with open_store(store) as opened:
-        rows = sorted(list_rows(opened), key=SORTS[sort], reverse=order == "desc")
+    rows = sorted(_rows(store, url), key=SORTS[sort], reverse=order == "desc")
     if style != "table":
         click.echo(json.dumps([row.to_wire() for row in rows], indent=2 if style == "json-pretty" else None))
         return
     lines = [[_cell(row, column, full=full) for column in columns] for row in rows]
     _table(lines if no_legend else [[column.upper() for column in columns], *lines])
+
+
+def _rows(store: str, url: str | None) -> list[Row]:
+    if url is not None:
+        return [record_to_row(record) for record in ServiceImages(url).list()]
+    with open_store(store) as opened:
+        return list_rows(opened)
 
 
 def _cell(row: Row, column: str, *, full: bool) -> str:
@@ -98,8 +110,12 @@ def _table(lines: list[list[str]]) -> None:
 @command.command()
 @click.argument("image")
 @STORE_OPTION
-def show(image: str, store: str) -> None:
+@URL_OPTION
+def show(image: str, store: str, url: str | None) -> None:
     """Print what is known of IMAGE as JSON."""
+    if url is not None:
+        click.echo(json.dumps(ServiceImages(url).get(image), indent=2))
+        return
     with open_store(store) as opened:
         found = _find(opened, image)
         rows = [row.to_wire() for row in to_rows(opened, found)]
@@ -137,18 +153,26 @@ def cat_manifest(image: str, store: str, *, pretty_print: bool) -> None:
 @click.argument("file")
 @STORE_OPTION
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
-def export(image: str, file: str, store: str, *, overwrite: bool) -> None:
-    """Write IMAGE to FILE: an app container unpacked, an OCI image as a layout archive that other tools read."""
+@URL_OPTION
+def export(image: str, file: str, store: str, url: str | None, *, overwrite: bool) -> None:
+    """Write IMAGE to FILE: an app container unpacked, an OCI image as a layout archive that other tools read.
+
+    From a running service the bytes come as they were brought.
+    """
     target = Path(file)
     if target.exists() and not overwrite:
         raise AlreadyExistsError("output ACI file exists (try --overwrite)")
-    with open_store(store) as opened:
-        found = _find(opened, image)
-        try:
+    try:
+        if url is not None:
+            with durable_file(target, replace=overwrite) as fd:
+                ServiceImages(url).export(image, fd)
+            return
+        with open_store(store) as opened:
+            found = _find(opened, image)
             with durable_file(target, replace=overwrite) as fd:
                 _write(opened, found, fd)
-        except AlreadyExistsError as err:
-            raise AlreadyExistsError("output ACI file exists (try --overwrite)") from err
+    except AlreadyExistsError as err:
+        raise AlreadyExistsError("output ACI file exists (try --overwrite)") from err
 
 
 def _write(store: ImageStore, image: Found, fd: int) -> None:
@@ -167,13 +191,18 @@ def _write(store: ImageStore, image: Found, fd: int) -> None:
 @command.command()
 @click.argument("images", nargs=-1, required=True)
 @STORE_OPTION
-def rm(images: tuple[str, ...], store: str) -> None:
+@URL_OPTION
+def rm(images: tuple[str, ...], store: str, url: str | None) -> None:
     """Remove IMAGES. Exit status 1 if one of them cannot be removed or is not there."""
     removed = stale = failed = 0
-    with open_store(store) as opened:
+    with ExitStack() as stack:
+        opened = None if url is not None else stack.enter_context(open_store(store))
         for reference in images:
             try:
-                _remove(opened, reference)
+                if opened is None:
+                    ServiceImages(url or "").delete(reference)
+                else:
+                    _remove(opened, reference)
                 removed += 1
             except StoreRemovalError as err:
                 stale += 1

@@ -22,6 +22,8 @@ STORE_OPTION = click.option(
     help="The content store.",
 )
 
+URL_OPTION = click.option("--url", metavar="URL", help="Ask a running image service instead of a store.")
+
 NAME_OPTION = click.option(
     "--name", help="The name of OCI images whose layout gives only tags. [default: from FILE's name]"
 )

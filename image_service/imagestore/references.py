@@ -75,6 +75,15 @@ def to_rows(store: ImageStore, image: Found) -> list[Row]:
     return [Row(image.blob_key, name, size, image.import_time_ns, image.last_used_ns, "aci", labels)]
 
 
+def record_to_row(record: dict[str, Any]) -> Row:
+    """A running service's record."""
+    version = record.get("version", "")
+    name = f"{record.get('name', '')}:{version}" if version else record.get("name", "")
+    time_ns = int(datetime.fromisoformat(record["download_end"]).timestamp() * 1e9)
+    kind = record.get("labels", {}).get("kind", record.get("format", ""))
+    return Row(record["id"], name, record["size"], time_ns, time_ns, kind, record.get("labels", {}))
+
+
 def list_rows(store: ImageStore) -> list[Row]:
     """Every image, by time of import."""
     found: list[Found] = [*store.list_aci_infos(["importtime"]), *OciImages(store).list()]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from image_service.cli import cli
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import call, download, stored_files, upload
 from tests.codec import samples
@@ -83,3 +86,32 @@ def test_app_container_that_breaks_a_rule_leaves_nothing(service: Daemon, state_
     assert response.status_code == 422
     assert "ACIdentifier must contain only" in response.json()["message"]
     assert stored_files(state_dir) == before
+
+
+def _cli(service: Daemon, *arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["image", *[str(a) for a in arguments], "--url", service.url])
+
+
+def test_command_lists_shows_exports_and_removes_images_of_the_service(service: Daemon, tmp_path: Path) -> None:
+    image = aci("example.com/command", labels={"version": "7"})
+    record = upload(service, image, image_type="container")
+    listed = _cli(service, "list", "--full", "--no-legend", "--fields", "id,name,size")
+    assert [record["id"], "example.com/command:7", str(len(image))] in [
+        line.split() for line in listed.stdout.splitlines()
+    ]
+    for reference in (record["id"], "example.com/command:7", "example.com/command,kind=aci"):
+        assert json.loads(_cli(service, "show", reference).stdout)["id"] == record["id"]
+    target = tmp_path / "out.aci"
+    assert _cli(service, "export", "example.com/command", target).exit_code == 0
+    assert target.read_bytes() == image
+    assert "output ACI file exists" in _cli(service, "export", record["id"], target).stderr
+    removed = _cli(service, "rm", record["id"], "example.com/command")
+    assert (removed.exit_code, removed.stdout) == (1, "1 image(s) successfully removed\n")
+    assert "example.com/command: no image example.com/command" in removed.stderr
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x"])
+def test_command_without_a_service_says_so(url: str) -> None:
+    result = CliRunner().invoke(cli, ["image", "list", "--url", url])
+    assert result.exit_code == 1
+    assert url in result.stderr
