@@ -84,7 +84,7 @@ def run_daemon(settings: DaemonSettings, create: CreateApp) -> int:
             runner.run(_live(settings, create))
     except MistifyError as err:
         log.debug("start failed", exc_info=err)
-        _tell(f"{settings.component}: {err.message}")
+        _tell(f"{settings.component}: {err.message}{_reason(err)}")
         return 1
     except Exception:
         log.critical("the daemon failed", exc_info=True)
@@ -92,6 +92,13 @@ def run_daemon(settings: DaemonSettings, create: CreateApp) -> int:
     finally:
         stop_logging()
     return 0
+
+
+def _reason(err: MistifyError) -> str:
+    """What the system said, for whoever has to put it right."""
+    cause = err.__cause__
+    text = cause.strerror if isinstance(cause, OSError) else None
+    return f" ({text})" if text and text.lower() not in err.message.lower() else ""
 
 
 def _tell(line: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,9 @@ def config_option(*flags: str, translate: Translate | None = None) -> Callable[[
         given = read_config(value)
         if translate is not None:
             given = translate(given)
-        known = {name for one in context.command.params if (name := one.name) and one is not param and name != "help"}
+        known = {
+            name: one for one in context.command.params if (name := one.name) and one is not param and one.expose_value
+        }
         context.default_map = {**(context.default_map or {}), **_checked(value, given, known)}
 
     return click.option(
@@ -133,12 +136,26 @@ def read_config(path: Path) -> dict[str, Any]:
     return value
 
 
-def _checked(path: Path, given: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+def _checked(path: Path, given: Mapping[str, Any], known: Mapping[str, click.Parameter]) -> dict[str, Any]:
     values = {key.replace("-", "_"): value for key, value in given.items()}
     unknown = sorted(key for key in given if key.replace("-", "_") not in known)
     if unknown:
-        raise click.BadParameter(f"{path}: unknown {_keys(unknown)}; known are {', '.join(sorted(_dashed(known)))}")
-    return values
+        raise click.BadParameter(
+            f"{path}: unknown {_keys(unknown)}; known are {', '.join(sorted(_dashed(set(known))))}"
+        )
+    return {name: _value(path, known[name], value) for name, value in values.items()}
+
+
+def _value(path: Path, option: click.Parameter, value: Any) -> Any:
+    """One value as click takes it: a word where several may stand is one of them, not its letters; a number is finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise click.BadParameter(f"{path}: {option.name} is not a finite number")
+    is_list = isinstance(value, list)
+    if option.multiple and not is_list:
+        return [value]
+    if is_list and not option.multiple:
+        raise click.BadParameter(f"{path}: {option.name} takes one value, not a list")
+    return value
 
 
 def _keys(names: Sequence[str]) -> str:

@@ -180,6 +180,7 @@ def test_token_file_that_is_missing_is_a_clear_error(run: Any, tmp_path: Path) -
     status, text = run("--token-file", str(tmp_path / "none")).fail()
     assert (status, "Traceback" in text) == (1, False)
     assert "token file" in text
+    assert "No such file" in text
 
 
 def test_host_name_option_is_honoured(run: Any) -> None:
@@ -216,8 +217,9 @@ def test_value_comes_from_flag_then_environment_then_file(
     assert ("INFO rpc.daemon: ended" in text) is is_info
 
 
-def test_config_file_may_come_from_the_environment(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text('host-name = ["agent.fleet"]\n')
+@pytest.mark.parametrize("names", ['"agent.fleet"', '["other", "agent.fleet"]'])
+def test_config_file_may_come_from_the_environment(run: Any, tmp_path: Path, names: str) -> None:
+    (tmp_path / "c.toml").write_text(f"host-name = {names}\n")
     sample = run(MISTIFY_CONFIG=str(tmp_path / "c.toml")).start()
     assert '"ready":true' in sample.get("/readyz", Host="agent.fleet")
 
@@ -230,6 +232,8 @@ def test_config_file_may_come_from_the_environment(run: Any, tmp_path: Path) -> 
         ('{"port": }', ["not valid"]),
         ("port = 70000", ["70000"]),
         ('log-level = "loud"', ["loud"]),
+        ("port = nan", ["port", "finite"]),
+        ("port = [1]", ["port", "one value"]),
     ],
 )
 def test_config_file_that_is_wrong_is_a_clear_error(run: Any, tmp_path: Path, config: str, words: list[str]) -> None:
