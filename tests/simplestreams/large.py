@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,8 @@ def write_large_tree(base: Path, products: int = PRODUCTS) -> Path:
 def main() -> None:
     source = FileSource(Path(sys.argv[1]))
     report = Mirror(TreeReader(source), items_of(source), Path(sys.argv[2])).run()
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: a process inherits that of the one it was forked from.
+    peak_mib = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
     sys.stdout.write(json.dumps(msgspec.to_builtins(report) | {"peak_mib": peak_mib}) + "\n")
 
 
