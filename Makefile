@@ -5,6 +5,11 @@ PREFIX ?= /usr/local
 SYSCONFDIR ?= /etc
 # One test process a core: more only wait for each other.
 TEST_WORKERS ?= $(shell nproc)
+# What the tests run against, as PROGRAM=PACKAGE: real qemu, gpg, etcd, S3 (Swift) and container tools.
+TEST_PROGRAMS := qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd gpg=gnupg gpgv=gpgv \
+	openssl=openssl skopeo=skopeo umoci=umoci etcd=etcd-server swift-proxy-server=swift-proxy \
+	swift-account-server=swift-account swift-container-server=swift-container swift-object-server=swift-object \
+	memcached=memcached
 # More words for pytest, for a part of the tests: make test PYTEST_ARGS="tests/unit -k names"
 PYTEST_ARGS ?=
 WITHOUT ?=
@@ -37,8 +42,8 @@ format: venv ## Format the code and repair what ruff can repair
 	$(VENV)/bin/ruff format .
 
 test: venv ## Run every test, setting up what they need (WITHOUT="zfs qemu" leaves backends out, by name)
-	@scripts/ensure-packages qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd
-	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/test_zfs_*.py' \
+	@scripts/ensure-packages $(TEST_PROGRAMS)
+	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/integration/test_zfs_*.py' \
 		$(addprefix --without ,$(WITHOUT)) $(PYTEST_ARGS)
 ifeq ($(filter zfs,$(WITHOUT))$(PYTEST_ARGS),)
 	$(MAKE) --no-print-directory test-zfs
