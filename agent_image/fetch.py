@@ -147,7 +147,7 @@ class Fetcher:
                 promise.taken(len(piece))
                 self._count_bytes(len(piece))
 
-            snapshot = self._store(body, incoming, watch, offer.origin)
+            snapshot = self._store(body, incoming, watch, offer)
             for expected in (wanted, body.digest):
                 _check_digest(body.url, hasher, expected)
             cancel.check()
@@ -160,9 +160,7 @@ class Fetcher:
             )
             self._driver.set_properties(incoming, {**facts, **offer.facts})
 
-    def _store(
-        self, body: Body, incoming: DatasetName, watch: Callable[[bytes], None], origin: SnapshotName | None
-    ) -> str:
+    def _store(self, body: Body, incoming: DatasetName, watch: Callable[[bytes], None], offer: Offer) -> str:
         """Everything up to the end of the body; the snapshot's name."""
         stages: list[ReadAhead] = []
         with ExitStack() as stack:
@@ -173,7 +171,7 @@ class Fetcher:
             try:
                 plain = self._unpack(network, stages, stack)
                 size_bytes = body.expected_bytes if plain is network else None
-                snapshot = self._write(plain, incoming, size_bytes, origin)
+                snapshot = self._write(plain, incoming, size_bytes, offer)
                 _drain(network)
             except MistifyError as err:
                 failure = first_failure(stages, err)
@@ -189,12 +187,10 @@ class Fetcher:
         stages.append(ReadAhead(unpacked, "fetch-decompress"))
         return stack.enter_context(stages[-1])
 
-    def _write(
-        self, plain: ReadAhead, incoming: DatasetName, size_bytes: int | None, origin: SnapshotName | None
-    ) -> str:
+    def _write(self, plain: ReadAhead, incoming: DatasetName, size_bytes: int | None, offer: Offer) -> str:
         snapshot = stream_snapshot(plain)
         if snapshot is not None:
-            self._receive(plain, incoming, snapshot, origin)
+            self._receive(plain, incoming, snapshot, offer.origin)
             return snapshot
         check_raw(plain)
         stream = stream_of_raw(
@@ -202,6 +198,7 @@ class Fetcher:
             f"{incoming}@{RAW_SNAPSHOT}",
             size_bytes=size_bytes,
             size_max_bytes=self._limits.image_max_bytes,
+            guid=offer.guid,
         )
         self._receive(stream, incoming, RAW_SNAPSHOT)
         return RAW_SNAPSHOT

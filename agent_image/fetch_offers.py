@@ -1,8 +1,9 @@
 """In which forms an image can be had, the best first.
 
 From the image service: an increment onto an older version that is here, then the full volume stream, then the bytes as they are stored;
-all by chunks that are verified before they are used. From anywhere else, and where the service knows no chunks: the bytes as they
-come, verified as a whole.
+all by chunks that are verified before they are used. A raw disk that is stored packed is taken as it is, because its volume gets the
+same guid here as in the service's stream: then nobody has to wait until the service has made one. From anywhere else, and where the
+service knows no chunks: the bytes as they come, verified as a whole.
 
 An older version is an image here that has the same name (or that the service names as the origin). Whether it fits is not guessed: the
 stream says the guid it builds on, and the driver refuses another one before anything is written.
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from agent_image.fetch_chunks import ChunkedBody, RangeBudget
 from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
+from agent_image.fetch_raw import guid_of_disk
 from agent_image.fetch_server import ImageServer
 from agent_image.fetch_service import Form, ServiceImage, ServiceQuestions
 from agent_image.store_images import PROPERTY_IMAGE, PROPERTY_SNAPSHOT, Images
 from imaging.digests import Digest
+from imaging.errors import ConflictError
 from imaging.names import SnapshotName
 
 PROPERTY_NAME = "mistify:name"
@@ -30,6 +33,8 @@ PROPERTY_NAME = "mistify:name"
 
 BASES_MAX = 2
 """Older versions that are tried before the full stream is taken: each costs a round trip and a derivation."""
+
+_RAW = "raw"
 
 NAME_MAX_BYTES = 1024
 """What every version of ZFS takes as the value of a user property."""
@@ -79,6 +84,8 @@ class Offer:
     digest: str = ""
     """Of the image as the service stores it, if these bytes are made from it."""
     kind: str = ""
+    guid: int | None = None
+    """Of the volume that a raw disk becomes, as the service's own stream of it has it."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Properties of the image's dataset."""
     is_last: bool = False
@@ -107,7 +114,8 @@ class Offers:
                 for base_id, origin in self._bases(order.id, image):
                     form = Form(base_url, image.id, {"format": "zvol", "from": base_id})
                     yield self._derived(form, image, questions, cancel, origin)
-                yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, questions, cancel)
+                if not _is_packed_raw(image):
+                    yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, questions, cancel)
             yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel)
         headers = self._server.headers_for(url)
         yield Offer(url, lambda: HttpBody(url, self._limits, cancel, headers), facts=facts, is_last=True)
@@ -117,9 +125,14 @@ class Offers:
 
         def open_body() -> ChunkedBody:
             chunks = questions.get_chunks(form)
+            if not form.query and str(chunks.digest) != image.digest:
+                raise ConflictError(
+                    f"the chunks are of {chunks.digest}, the image is {image.digest}: {form.chunks_url}"
+                )
             return ChunkedBody(form.download_url, chunks, self._limits, cancel, headers, self._budget)
 
-        return Offer(form.download_url, open_body, kind=image.type, facts=_facts(image))
+        guid = guid_of_disk(image.content_digest, image.virtual_size_bytes) if image.format == _RAW else None
+        return Offer(form.image_url, open_body, kind=image.type, facts=_facts(image), guid=guid)
 
     def _derived(
         self,
@@ -130,7 +143,7 @@ class Offers:
         origin: SnapshotName | None = None,
     ) -> Offer:
         stored = self._chunked(form, image, questions, cancel)
-        return Offer(stored.url, stored.open, origin, image.digest, image.type, stored.facts)
+        return replace(stored, origin=origin, digest=image.digest, guid=None)
 
     def _bases(self, image_id: str, image: ServiceImage) -> Sequence[tuple[str, SnapshotName]]:
         """Older versions that are here: ids and snapshots, the most promising first."""
@@ -144,6 +157,12 @@ class Offers:
                 found.append((own_id == image.origin, info.createtxg, own_id, info.name @ part))
         found.sort(key=lambda one: one[:2], reverse=True)
         return [(own_id, snapshot) for _, _, own_id, snapshot in found[:BASES_MAX]]
+
+
+def _is_packed_raw(image: ServiceImage) -> bool:
+    """Whether the stored bytes are as good as a stream: a disk without its zeros' bulk, of known content."""
+    known = guid_of_disk(image.content_digest, image.virtual_size_bytes) is not None
+    return image.format == _RAW and image.compression not in {"", "none"} and known
 
 
 def _facts(image: ServiceImage) -> Mapping[str, str]:

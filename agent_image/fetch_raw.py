@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 
 from agent_image.drivers.base import Readable
-from imaging.errors import TooLargeError
-from imaging.sendstream.sending import make_stream_from
+from imaging.digests import Digest
+from imaging.errors import InvalidArgumentError, TooLargeError
+from imaging.sendstream.sending import derive_guid, make_stream_from
 from imaging.sendstream.writer import StreamHeader
 
 VOLBLOCKSIZE_BYTES = 16 << 10
@@ -59,12 +60,31 @@ class _Pieces:
         return data
 
 
-def stream_of_raw(source: Readable, toname: str, *, size_bytes: int | None, size_max_bytes: int) -> Readable:
-    """The volume stream of a raw disk read from ``source``. TooLargeError; BadDataError if it is empty or not of its size."""
+def guid_of_disk(content_digest: str, size_bytes: int) -> int | None:
+    """The guid that the image service gives the stream of this disk; None if it can't be told from what is known.
+
+    A disk that does not fill its last block is padded, and then its digest is not the volume's.
+    """
+    try:
+        content = Digest.parse(content_digest)
+    except InvalidArgumentError:
+        return None
+    if content.algorithm != "sha256" or size_bytes <= 0 or size_bytes % VOLBLOCKSIZE_BYTES:
+        return None
+    return derive_guid(content, VOLBLOCKSIZE_BYTES)
+
+
+def stream_of_raw(
+    source: Readable, toname: str, *, size_bytes: int | None, size_max_bytes: int, guid: int | None = None
+) -> Readable:
+    """The volume stream of a raw disk read from ``source``; without a ``guid`` it gets one nobody else has.
+
+    TooLargeError; BadDataError if the disk is empty or not of its size.
+    """
     if size_bytes is not None and size_bytes > size_max_bytes:
         raise TooLargeError(f"the image is larger than {size_max_bytes} bytes")
     header = StreamHeader(
-        guid=secrets.randbits(64) or 1,
+        guid=guid or secrets.randbits(64) or 1,
         toname=toname,
         volblocksize_bytes=VOLBLOCKSIZE_BYTES,
         creation_s=int(time.time()),

@@ -52,6 +52,10 @@ class ServiceImage(msgspec.Struct, frozen=True, kw_only=True):
     digest: str = ""
     """Of the stored bytes."""
     format: str = ""
+    compression: str = ""
+    virtual_size_bytes: int = msgspec.field(default=0, name="virtual_size")
+    content_digest: str = ""
+    """Of the disk."""
     name: str = ""
     version: str = ""
     origin: str = ""
@@ -70,6 +74,11 @@ class Form:
     base_url: str
     image_id: str
     query: Mapping[str, str]
+
+    @property
+    def image_url(self) -> str:
+        """The bytes as they are stored."""
+        return Form(self.base_url, self.image_id, {}).download_url
 
     @property
     def download_url(self) -> str:

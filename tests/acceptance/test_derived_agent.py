@@ -16,6 +16,7 @@ from imaging.names import PoolName, SnapshotName
 from tests.acceptance.daemons import Agent, Daemon, start_agent, start_image_service
 from tests.acceptance.image_service_calls import sha256, upload
 from tests.fakes.disk_files import BLOCK_BYTES, changed, disk_bytes, qcow2
+from tests.fakes.image_server import FakeImageServer
 
 OLD = disk_bytes(1, 512)
 NEW = changed(OLD, 3, 40, 350)
@@ -117,15 +118,31 @@ def test_version_the_service_does_not_have_any_more_is_no_base(agent: Agent, ser
 
 
 def test_version_that_came_from_elsewhere_does_not_fit_and_the_full_one_is_taken(
-    service: Daemon, state_dir: Path
+    agent: Agent, service: Daemon, state_dir: Path
 ) -> None:
-    """The older image is here under the right id, but as other bytes: the guid says no."""
-    old, new = put(service, OLD, "odd"), put(service, NEW, "odd")
-    with start_agent(state_dir, image_service=f"127.0.0.1:{service.port}") as agent:
-        digest = sha256(OLD)
-        request(agent, old, digest=digest)  # exact bytes: made into a stream here, with a guid of its own
+    """The older image is here under the right id, but as a volume of another guid, which the driver notices."""
+    old = put(service, OLD, "odd")
+    new: str = upload(service, NEW, **{"X-Image-Name": "odd", "X-Image-Origin": old})["id"]
+    with FakeImageServer() as elsewhere:
+        request(agent, old, source=elsewhere.serve("/old", OLD))
         second = request(agent, new)
-        assert contents(agent, state_dir, second) == digests(NEW)
+    assert "a form of an image is passed over" in agent.log()
+    assert contents(agent, state_dir, second) == digests(NEW)
+
+
+@pytest.mark.parametrize("packed", ["", "gzip"])
+def test_increment_fits_a_version_that_was_taken_as_it_is_stored(
+    agent: Agent, service: Daemon, state_dir: Path, packed: str
+) -> None:
+    """A raw disk becomes a volume with the guid the service's own stream of it has, whoever made the stream."""
+    name = f"as-stored-{packed}"
+    stored = gzip.compress(OLD, 1) if packed else OLD
+    old, new = put(service, stored, name), put(service, NEW, name)
+    first = request(agent, old, digest=sha256(stored))
+    full_bytes = received_bytes(agent)
+    second = request(agent, new)
+    assert received_bytes(agent) - full_bytes < 10 * BLOCK_BYTES
+    assert contents(agent, state_dir, first, second) == digests(OLD, NEW)
 
 
 def test_digest_that_was_asked_for_is_that_of_the_stored_bytes(agent: Agent, service: Daemon, state_dir: Path) -> None:
