@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from image_service.metadata import MetadataStore
 from image_service.original import find_original
+from image_service.shared_stores import open_etcd, open_s3
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.blobs.local import LocalBlobStore
 from imaging.blobs.space import RESERVE_FREE_BYTES
@@ -132,6 +133,8 @@ def _open_local(config: Mapping[str, Any]) -> BlobStore:
 metadata_stores: StoreRegistry[MetadataStore] = StoreRegistry("metadata store")
 metadata_stores.register("kvite", lambda: MetadataStore(_open_embedded))
 metadata_stores.register("sqlite", lambda: MetadataStore(_open_embedded))
+metadata_stores.register("etcd", lambda: MetadataStore(open_etcd))
 
 image_stores: StoreRegistry[ImageStore] = StoreRegistry("image store")
 image_stores.register("fs", lambda: ImageStore(_open_local))
+image_stores.register("s3", lambda: ImageStore(open_s3))

@@ -249,6 +249,9 @@ class EtcdClient:
     def _ask(self, endpoint: str, path: str, body: Mapping[str, Any], what: str, *, writes: bool) -> dict[str, Any]:
         """One attempt, and a second one if the token had run out."""
         timeout_s = self.settings.write_timeout_s if writes else self.settings.read_timeout_s
+        if self.settings.user and not self._token:
+            # Not left to the refusal: with client certificates the node would take us for whom its own certificate names.
+            self.log_in(endpoint, what, instead_of="")
         token = self._token
         try:
             return self._post(endpoint, path, body, what, timeout_s=timeout_s)

@@ -65,6 +65,8 @@ pipeline = catch_errors gatekeeper healthcheck listing_formats cache s3api tempa
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
+# A storage server that was down is asked again at once, not after a minute.
+error_suppression_interval = 1
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
