@@ -144,7 +144,7 @@ class ImageStore:
 
     def _show_and_destroy(self, info: DatasetInfo) -> Volume:
         try:
-            shown = self._pool.show(info)
+            shown = self._pool.show_as_is(info)
             self._pool.driver.destroy(info.name, recursive=True)
         except NotFoundError as err:
             raise NotFoundError("not found") from err

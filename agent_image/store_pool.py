@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo, StorageDriver
 from agent_image.store_locks import SubtreeLocks
-from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError, NotPermittedError
+from imaging.errors import (
+    InvalidArgumentError,
+    InvalidNameError,
+    NotFoundError,
+    NotPermittedError,
+    UnavailableError,
+)
 from imaging.names import DatasetName, SnapshotName, parse_wire_name
 from imaging.threads import Offload
 
@@ -33,13 +39,21 @@ def _observe_nothing(_operation: str, _duration_s: float) -> None:
     """Nobody counts."""
 
 
+DEVICE_TIMEOUT_S = 10.0
+"""What one volume's device may take to appear: under a second as a rule, more when hundreds are made at once."""
+LIST_DEVICES_TIMEOUT_S = 2.0
+"""The same for all volumes of a list together: an old volume has its device or never will (``volmode=none``)."""
+
 NOT_A_DATASET = "not a valid dataset"
 """What old clients are told about a name that breaks the rules."""
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A volume (or, where a dataset of any kind is shown, a filesystem with size 0 and no device)."""
+    """A volume (or, where a dataset of any kind is shown, a filesystem with size 0 and no device).
+
+    In lists the device is empty while there is none.
+    """
 
     name: DatasetName
     size_bytes: int
@@ -194,11 +208,28 @@ class Pool:
 
     # -- showing -----------------------------------------------------------------------------------------------------
 
-    def show(self, info: DatasetInfo) -> Volume:
-        """Blocking: a dataset as callers see it."""
+    def show(self, info: DatasetInfo, *, timeout_s: float = DEVICE_TIMEOUT_S) -> Volume:
+        """Blocking: a dataset as callers see it; UnavailableError if its device does not appear."""
         if info.kind is not DatasetKind.VOLUME:
             return Volume(info.name, 0, "")
-        return Volume(info.name, info.volsize_bytes or 0, str(self.driver.device(info.name)))
+        return Volume(info.name, info.volsize_bytes or 0, str(self.driver.device(info.name, timeout_s=timeout_s)))
+
+    def show_as_is(self, info: DatasetInfo, *, timeout_s: float = LIST_DEVICES_TIMEOUT_S) -> Volume:
+        """Blocking: the same for callers who can do without the device: empty if it does not appear."""
+        try:
+            return self.show(info, timeout_s=timeout_s)
+        except UnavailableError:
+            return Volume(info.name, info.volsize_bytes or 0, "")
+
+    def show_listed(self, infos: Iterable[DatasetInfo]) -> list[Volume]:
+        """Blocking: datasets as callers see them in a list; one without a device does not keep the others from being shown."""
+        shown, deadline = [], time.monotonic() + LIST_DEVICES_TIMEOUT_S
+        for info in infos:
+            try:
+                shown.append(self.show_as_is(info, timeout_s=max(0.0, deadline - time.monotonic())))
+            except NotFoundError:
+                continue  # destroyed since it was listed
+        return shown
 
     def show_snapshots(self, names: Sequence[SnapshotName]) -> list[Snapshot]:
         """Blocking: snapshots as callers see them; those that are gone meanwhile are left out."""

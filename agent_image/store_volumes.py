@@ -28,15 +28,8 @@ class Volumes:
         return await self._pool.run(self._list)
 
     def _list(self) -> Sequence[Volume]:
-        shown = []
-        for info in self._pool.driver.list(self._pool.root, kind=DatasetKind.VOLUME):
-            if self._pool.is_hidden(info.name):
-                continue
-            try:
-                shown.append(self._pool.show(info))
-            except NotFoundError:
-                continue  # destroyed since it was listed
-        return shown
+        volumes = self._pool.driver.list(self._pool.root, kind=DatasetKind.VOLUME)
+        return self._pool.show_listed(info for info in volumes if not self._pool.is_hidden(info.name))
 
     async def get(self, wire_id: str) -> Volume:
         """One volume; ``need an id``, ``not found``, ``not a volume``."""

@@ -24,6 +24,7 @@ from imaging.errors import (
     NoSpaceError,
     NotFoundError,
     NotPermittedError,
+    UnavailableError,
     WrongKindError,
 )
 from imaging.names import DatasetName, SnapshotName
@@ -396,6 +397,27 @@ async def test_guest_disks_wrong_argument_first_check_wins(
     for call in (world.store.verify_disks, world.store.create_guest_disks):
         assert (await refusal(call(guest_id, disks)))[1] == text
     assert world.datasets() == ["mistify", "mistify/guests", "mistify/images"]
+
+
+async def test_volume_without_a_device_is_listed_and_deleted_but_not_handed_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "blind", "c"):
+        await world.store.create_volume(name, MIB)
+    real = world.driver.device
+
+    def device(name: DatasetName, *, timeout_s: float) -> Path:
+        if name.leaf == "blind":
+            raise UnavailableError(f"the device of {name} did not appear within {timeout_s:g} s")
+        return real(name, timeout_s=timeout_s)
+
+    monkeypatch.setattr(world.driver, "device", device)
+    listed = await world.store.list_volumes()
+    assert [(one.name.leaf, one.device != "") for one in listed] == [("a", True), ("blind", False), ("c", True)]
+    with pytest.raises(UnavailableError):
+        await world.store.get_volume("blind")
+    assert (await world.store.delete_dataset("blind")).device == ""
+    assert [one.name.leaf for one in await world.store.list_volumes()] == ["a", "c"]
 
 
 async def test_create_guest_disks_second_fails_leaves_none(world: World) -> None:
