@@ -1,17 +1,23 @@
 """Fixtures of the acceptance tests. The agent's storage driver is a parameter: the same tests run on a real pool.
 
-``MISTIFY_TEST_DRIVER`` names the driver (default ``file``), ``MISTIFY_TEST_POOL`` the pool.
+``MISTIFY_TEST_DRIVER`` names the driver (default ``file``), ``MISTIFY_TEST_POOL`` the pool. A test that starts an agent of its own
+takes ``own_pool`` or ``make_pool``, because one agent serves a pool.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.acceptance.daemons import Agent, start_agent
 from tests.fakes.image_server import FakeImageServer
+from tests.integration.zfs_pool import run
+
+OWN_POOL_BYTES = 4 << 30
+"""Sparse."""
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +30,31 @@ def driver() -> str:
 def pool() -> str:
     """The pool under test."""
     return os.environ.get("MISTIFY_TEST_POOL", "mistify")
+
+
+@pytest.fixture
+def make_pool(driver: str, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Make an empty pool of that name, gone after the test. The file driver makes its own, one for each state directory."""
+    made: list[str] = []
+
+    def make(name: str) -> str:
+        if driver == "zfs":
+            disk = tmp_path / f"{name}.disk"
+            with disk.open("wb") as file:
+                file.truncate(OWN_POOL_BYTES)
+            run("zpool", "create", "-f", "-o", "cachefile=none", "-O", "mountpoint=none", name, disk)
+            made.append(name)
+        return name
+
+    yield make
+    for name in made:
+        run("zpool", "destroy", "-f", name)
+
+
+@pytest.fixture
+def own_pool(make_pool: Callable[[str], str]) -> str:
+    """An empty pool for the agent that a test starts."""
+    return make_pool(f"own{os.getpid()}")
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,17 @@ from typing import Any
 
 import requests
 
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
 START_TIMEOUT_S = 60.0
 """A daemon imports, opens its stores and binds within two seconds; the rest is for a machine that is busy."""
 
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0 * PATIENCE
 """Daemons promise to drain within 10 s; the rest is for a machine that is busy."""
 
-CALL_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0 * PATIENCE
 """One call of a test; pulls of test images take a second or two."""
 
 _PORTS = range(20_100, 32_000)

@@ -118,9 +118,9 @@ def test_delete_guest_disks_returns_guest_without_disks(agent: Agent, spelling: 
     assert agent.error(spelling, guest={}) == "invalid argument"
 
 
-def test_concurrent_requests_do_not_overbook_the_pool(tmp_path: Path, driver: str) -> None:
+def test_concurrent_requests_do_not_overbook_the_pool(tmp_path: Path, driver: str, own_pool: str) -> None:
     """Of requests that fit one by one, no more succeed than fit together."""
-    with start_agent(tmp_path / "state", driver=driver) as agent:
+    with start_agent(tmp_path / "state", driver=driver, zpool=own_pool) as agent:
         low, high = 0, 1 << 40
         while high - low > 1:
             middle = (low + high) // 2

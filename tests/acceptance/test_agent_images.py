@@ -253,12 +253,17 @@ def test_delete_image_with_clones_keeps_them_alive(agent: Agent, image_server: F
     agent.call("DeleteDataset", id="child")
 
 
-def test_full_queue_answers_at_once_with_a_clear_error(tmp_path: Path, driver: str) -> None:
+def test_full_queue_answers_at_once_with_a_clear_error(tmp_path: Path, driver: str, own_pool: str) -> None:
     with FakeImageServer() as server:
         for number in range(3):
             server.serve(f"q{number}", disk(number), hang_after=1000)
         with start_agent(
-            tmp_path / "state", image_service=server.address, driver=driver, fetchers=1, max_pending=2
+            tmp_path / "state",
+            image_service=server.address,
+            driver=driver,
+            zpool=own_pool,
+            fetchers=1,
+            max_pending=2,
         ) as agent:
             for number in range(2):
                 agent.call("RequestImage", id=f"q{number}", wait=False)
@@ -270,7 +275,7 @@ def test_full_queue_answers_at_once_with_a_clear_error(tmp_path: Path, driver: s
             assert agent.call("RequestImage", id="q2", wait=False)["images"][0]["id"] == "q2"
 
 
-def test_server_that_is_down_is_an_error_after_a_few_attempts(tmp_path: Path, driver: str) -> None:
-    with start_agent(tmp_path / "state", driver=driver) as agent:
+def test_server_that_is_down_is_an_error_after_a_few_attempts(tmp_path: Path, driver: str, own_pool: str) -> None:
+    with start_agent(tmp_path / "state", driver=driver, zpool=own_pool) as agent:
         assert "can't reach" in agent.error("RequestImage", id="x")
         assert agent.metric("mistify_fetch_retries_total", code="unavailable") == 4

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,11 @@ def test_without_flags_it_starts_on_the_file_driver_and_says_so(tmp_path: Path) 
     assert (tmp_path / "var").is_dir()
 
 
-def test_settings_come_from_flag_then_environment_then_file(tmp_path: Path, driver: str) -> None:
+def test_settings_come_from_flag_then_environment_then_file(
+    tmp_path: Path, driver: str, make_pool: Callable[[str], str]
+) -> None:
+    for name in ("fromfile", "fromenv", "fromflag"):
+        make_pool(name)
     config = tmp_path / "agent.toml"
     config.write_text('zpool = "fromfile"\nmax-pending = 3\nlog-level = "info"\n')
     with start_agent(tmp_path / "a", driver=driver, config=config, log_level=None) as agent:
@@ -118,10 +122,10 @@ def test_unknown_key_in_the_file_is_refused(tmp_path: Path) -> None:
     assert "zpol" in ended.stderr
 
 
-def test_token_is_wanted_if_one_is_set(tmp_path: Path, driver: str) -> None:
+def test_token_is_wanted_if_one_is_set(tmp_path: Path, driver: str, own_pool: str) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret\n")
-    agent = new_agent(tmp_path / "state", driver=driver, token_file=token)
+    agent = new_agent(tmp_path / "state", driver=driver, zpool=own_pool, token_file=token)
     agent.start(wait=False)
     try:
         wait_until(
@@ -153,10 +157,10 @@ def test_second_agent_on_the_same_state_is_refused(tmp_path: Path) -> None:
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
-def test_sigterm_parks_the_fetch_and_the_next_start_finishes_it(tmp_path: Path, driver: str) -> None:
+def test_sigterm_parks_the_fetch_and_the_next_start_finishes_it(tmp_path: Path, driver: str, own_pool: str) -> None:
     with FakeImageServer() as server:
         server.serve("img", disk(1), hang_after=100_000)
-        with start_agent(tmp_path / "state", image_service=server.address, driver=driver) as agent:
+        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool) as agent:
             answers: list[Any] = []
 
             def ask() -> None:
@@ -177,12 +181,12 @@ def test_sigterm_parks_the_fetch_and_the_next_start_finishes_it(tmp_path: Path, 
             assert agent.call("GetImage", id="img")["images"][0]["type"] == "kvm"
 
 
-def test_restart_keeps_images_volumes_snapshots_and_clones(tmp_path: Path, driver: str, pool: str) -> None:
+def test_restart_keeps_images_volumes_snapshots_and_clones(tmp_path: Path, driver: str, own_pool: str) -> None:
     with FakeImageServer() as server:
         server.serve("img", disk(2))
-        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=pool) as agent:
+        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool) as agent:
             agent.call("RequestImage", id="img")
-            agent.call("CloneImage", id="img", dest=f"{pool}/c")
+            agent.call("CloneImage", id="img", dest=f"{own_pool}/c")
             agent.call("CreateVolume", id="v", size=1)
             agent.call("CreateSnapshot", id="v", dest="s")
             questions = ("ListImages", "ListVolumes", "ListSnapshots")
@@ -248,10 +252,10 @@ def test_leftovers_of_a_killed_agent_are_cleaned_at_start(tmp_path: Path) -> Non
             agent.stop()
 
 
-def test_metrics_show_fetches_bytes_queue_and_driver(tmp_path: Path, driver: str) -> None:
+def test_metrics_show_fetches_bytes_queue_and_driver(tmp_path: Path, driver: str, own_pool: str) -> None:
     with FakeImageServer() as server:
         server.serve("img", disk(4))
-        with start_agent(tmp_path / "state", image_service=server.address, driver=driver) as agent:
+        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool) as agent:
             agent.call("RequestImage", id="img")
             agent.error("RequestImage", id="absent")
             assert agent.metric("mistify_fetches_total", outcome="ok") == 1
@@ -263,13 +267,15 @@ def test_metrics_show_fetches_bytes_queue_and_driver(tmp_path: Path, driver: str
             assert re.search(r'mistify_driver_seconds_count\{operation="\w+"\} \d', text)
 
 
-def test_pull_of_a_large_image_stays_within_its_memory(tmp_path: Path, driver: str) -> None:
+def test_pull_of_a_large_image_stays_within_its_memory(tmp_path: Path, driver: str, own_pool: str) -> None:
     """Four packed images of 128 MiB at once: what the stages hold is bounded, whatever the size."""
     body = gzip.compress(os.urandom(16 * MIB) * 8, 1)
     with FakeImageServer() as server:
         for number in range(4):
             server.serve(f"big{number}", body, piece_bytes=1 << 20)
-        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, fetchers=4) as agent:
+        with start_agent(
+            tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool, fetchers=4
+        ) as agent:
             for number in range(4):
                 agent.call("RequestImage", id=f"big{number}", wait=False)
             for number in range(4):
