@@ -16,7 +16,7 @@ def step(text: str) -> Iterator[None]:
     except MistifyError as err:
         raise type(err)(text) from err
     except OSError as err:
-        raise from_os_error(err, text) from err
+        raise type(from_os_error(err, text))(text) from err
 
 
 def chain(err: BaseException) -> str:

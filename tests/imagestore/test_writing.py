@@ -237,6 +237,19 @@ def test_import_from_a_source_that_breaks_leaves_nothing(store: ImageStore) -> N
     assert files(store) == set()
 
 
+def test_import_onto_a_full_disk_is_told_as_the_step_and_leaves_nothing(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("image_service.imagestore.spool.write_all", full)
+    with pytest.raises(NoSpaceError) as caught:
+        put(store, aci())
+    assert chain(caught.value) == "error copying image: No space left on device"
+    assert files(store) == set()
+
+
 FAILING_STEPS: list[tuple[str, str]] = [
     ("error importing image", "publish"),
     ("error importing image manifest", "TemporaryFiles.publish_bytes"),
