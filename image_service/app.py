@@ -18,7 +18,6 @@ from image_service.collector import Collector
 from image_service.config import ServiceConfig
 from image_service.derive import DerivedStore, Deriver
 from image_service.derive_web import DerivedEndpoints
-from image_service.derive_work import DeriveLimits
 from image_service.fetcher import Fetcher
 from image_service.importer import Importer
 from image_service.inspector import Inspector
@@ -72,10 +71,9 @@ def _deriver(
     pools: Pools,
 ) -> Deriver:
     """Makes derived images; its temporary files are beside the blobs, where the room is."""
-    limits = DeriveLimits(free_min_bytes=config.admission.free_min_bytes)
-    store = DerivedStore(blobs, records.engine, collector, admission, limits)
+    store = DerivedStore(blobs, records.engine, collector, admission, config.derive)
     base = config.images_dir if isinstance(blobs, LocalBlobStore) else config.state_dir
-    return Deriver(service.get_blob, store, pools.data, base / "derive", limits=limits)
+    return Deriver(service.get_blob, store, pools.data, base / "derive", limits=config.derive)
 
 
 def _directory(config: ServiceConfig) -> Path | None:

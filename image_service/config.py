@@ -14,6 +14,7 @@ import click
 from image_service.admission import AdmissionLimits
 from image_service.catalog import CatalogSettings
 from image_service.collector import GRACE_MIN_S, GRACE_S, INTERVAL_S
+from image_service.derive_work import DeriveLimits
 from image_service.facts import InspectionLimits
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
@@ -50,6 +51,7 @@ class ServiceConfig:
     conversation: ConversationLimits
     fetches: FetchLimits
     admission: AdmissionLimits
+    derive: DeriveLimits
     inspection: InspectionLimits
     web: WebLimits
     collect_interval_s: float
@@ -91,6 +93,9 @@ class _Table(click.ParamType[Mapping[str, Any]]):
         if not isinstance(table, dict):
             self.fail("must be a table of keys and values", param, ctx)
         return table
+
+
+_DERIVE = DeriveLimits()
 
 
 def _positive() -> click.FloatRange:
@@ -178,6 +183,21 @@ _OPTIONS = [
         type=click.IntRange(min=1),
         default=_LOOK.virtual_size_max_bytes,
         help="Limit on the disk a guest would see (413 beyond it).",
+    ),
+    click.option(
+        "--derivations",
+        type=click.IntRange(1, 64),
+        default=_DERIVE.derivations_max,
+        help="Derived images made at a time.",
+    ),
+    click.option(
+        "--derive-timeout-s", type=_positive(), default=_DERIVE.total_timeout_s, help="Limit on making one of them."
+    ),
+    click.option(
+        "--derive-cache-max-bytes",
+        type=click.IntRange(min=0),
+        default=_DERIVE.cache_max_bytes,
+        help="Derived images kept; the least recently used go first.",
     ),
     click.option(
         "--quota-bytes",
@@ -273,6 +293,12 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
             total_timeout_s=params["fetch_timeout_s"],
             backoff_s=params["fetch_backoff_s"],
             checkpoint_s=params["fetch_checkpoint_s"],
+        ),
+        derive=DeriveLimits(
+            derivations_max=params["derivations"],
+            total_timeout_s=params["derive_timeout_s"],
+            cache_max_bytes=params["derive_cache_max_bytes"],
+            free_min_bytes=params["free_min_bytes"],
         ),
         admission=AdmissionLimits(
             size_max_bytes=params["image_size_max_bytes"],
