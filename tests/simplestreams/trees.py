@@ -61,7 +61,12 @@ def default_products(base: Path) -> dict[str, Any]:
 
 def write_tree(base: Path, products: dict[str, Any], *, updated: str = DATE, signer: str = "") -> Path:
     """Write products and index; signed in both forms if ``signer`` names a key."""
-    document: dict[str, Any] = {"format": "products:1.0", "content_id": "ubuntu", "datatype": "image-downloads", "license": "free"}
+    document: dict[str, Any] = {
+        "format": "products:1.0",
+        "content_id": "ubuntu",
+        "datatype": "image-downloads",
+        "license": "free",
+    }
     document |= {"products": products, "updated": updated}
     entry: dict[str, Any] = {
         "format": "products:1.0",
