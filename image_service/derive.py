@@ -194,10 +194,10 @@ class Deriver:
         NotFoundError (an image is absent or incomplete), WrongKindError or InvalidArgumentError (there is no such form of it),
         UnavailableError (still being made, or too much is), those of the formats.
         """
-        _, info = await self._find_blob(image_id)
+        image, info = await self._find_blob(image_id)
         if form.is_stored:
             return info
-        recipe = await self._resolve(info, form)
+        recipe = await self._resolve(image, form)
         if recipe is None:
             return info
         found = await self._offload(self._store.find, recipe)
@@ -205,18 +205,18 @@ class Deriver:
             return found
         return await self._work.run(recipe.key, lambda work: self._store.derive(recipe, work))
 
-    async def _resolve(self, info: BlobInfo, form: Form) -> Recipe | None:
-        base: BlobInfo | None = None
+    async def _resolve(self, image: Image, form: Form) -> Recipe | None:
+        base: Image | None = None
         if form.base_id:
             try:
-                _, base = await self._find_blob(form.base_id)
+                base, _ = await self._find_blob(form.base_id)
             except NotFoundError as err:
                 raise NotFoundError(f"the image named by from: {err.message}") from err
 
         def look() -> Recipe | None:
             contents = self._store.contents
-            older = (base.digest, contents.of(base.digest)) if base is not None else None
-            return resolve(form, info.digest, contents.of(info.digest), older)
+            older = (base.blob, contents.note(base)) if base is not None else None
+            return resolve(form, image.blob, contents.note(image), older)
 
         return await self._offload(look)
 

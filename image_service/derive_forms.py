@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from image_service.derive_sources import (
@@ -23,6 +23,7 @@ from image_service.derive_sources import (
     unpacked,
 )
 from image_service.derive_work import Work
+from image_service.lifecycle import Image
 from imaging.blobs.base import BlobStore
 from imaging.compression import Compression, compress_pieces
 from imaging.digests import Digest
@@ -128,6 +129,15 @@ class Contents:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
         self._known: dict[Digest, Content] = {}
+
+    def note(self, image: Image) -> Content:
+        """What an image's blob is, with what its record says about the disk in it."""
+        found = self.of(image.blob)
+        if image.content_digest.startswith("sha256:") and not found.disk_digest:
+            size_bytes = image.virtual_size_bytes
+            found = replace(found, disk_size_bytes=size_bytes, disk_digest=image.content_digest)
+            self._known[image.blob] = found
+        return found
 
     def of(self, digest: Digest) -> Content:
         """See :func:`image_service.derive_sources.identify`."""

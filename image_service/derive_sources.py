@@ -64,6 +64,14 @@ class Content:
 
     payload: Payload
     compression: Compression
+    disk_size_bytes: int = 0
+    disk_digest: str = ""
+    """Of the disk of that size, if it was computed when the image came."""
+
+    def volume_digest(self, size_bytes: int) -> Digest | None:
+        """The digest of the volume the disk becomes, if it is known: a disk that does not fill its last block is padded."""
+        known = self.disk_digest and self.disk_size_bytes == size_bytes and size_bytes % VOLBLOCKSIZE_BYTES == 0
+        return Digest.parse(self.disk_digest) if known else None
 
 
 def identify(blobs: BlobStore, digest: Digest) -> Content:
@@ -111,7 +119,8 @@ def open_disk_of(blobs: BlobStore, digest: Digest, content: Content, work: Work)
         fd = _plain_file(blobs, digest, content, work, stack)
         fd, size_bytes = _raw_disk(fd, content, work, stack)
         padded_bytes = padded_size(size_bytes, VOLBLOCKSIZE_BYTES)
-        guid = derive_guid(hash_padded(fd, size_bytes, padded_bytes, work), VOLBLOCKSIZE_BYTES)
+        digest = content.volume_digest(size_bytes) or hash_padded(fd, size_bytes, padded_bytes, work)
+        guid = derive_guid(digest, VOLBLOCKSIZE_BYTES)
         yield OpenedDisk(fd, size_bytes, VOLBLOCKSIZE_BYTES, guid)
 
 

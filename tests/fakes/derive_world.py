@@ -51,12 +51,19 @@ class DeriveWorld:
             raise NotFoundError("incomplete image")
         return image, self.blobs.info(image.blob)
 
-    def add(self, image_id: str, data: bytes) -> BlobInfo:
-        """A complete image."""
+    def add(self, image_id: str, data: bytes, *, disk: bytes = b"") -> BlobInfo:
+        """A complete image; with ``disk`` its record says what disk is in it."""
         with self.blobs.ingest(f"test-{image_id}") as writer:
             writer.write(data)
             info = writer.commit()
-        image = Image(id=image_id, type=ImageType.KVM, status=ImageStatus.COMPLETE, digest=str(info.digest))
+        image = Image(
+            id=image_id,
+            type=ImageType.KVM,
+            status=ImageStatus.COMPLETE,
+            digest=str(info.digest),
+            virtual_size_bytes=len(disk),
+            content_digest=str(Digest.of(disk)) if disk else "",
+        )
         self.records.put(image)
         return info
 

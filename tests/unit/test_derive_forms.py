@@ -51,6 +51,20 @@ async def test_derived_stream_of_one_disk_in_any_format_is_the_same(world: Deriv
     assert state.creation_s == 0
 
 
+@pytest.mark.parametrize("cut_bytes", [0, 512, 1000])
+async def test_derived_stream_is_the_same_whether_the_digest_of_the_disk_is_known_or_not(
+    world: DeriveWorld, tmp_path: Path, cut_bytes: int
+) -> None:
+    disk = OLD[: len(OLD) - cut_bytes]
+    async with open_derive_world(tmp_path / "two") as other:
+        world.add("img", disk)
+        other.add("img", disk, disk=disk + bytes(-len(disk) % 512))
+        other.add("qcow2", qcow2(tmp_path, disk), disk=disk + bytes(-len(disk) % 512))
+        stream = await world.get("img", format="zvol")
+        assert await other.get("img", format="zvol") == stream
+        assert await other.get("qcow2", format="zvol") == stream
+
+
 async def test_derived_stream_passes_the_firewall(world: DeriveWorld) -> None:
     world.add("img", OLD)
     validator = StreamValidator()
