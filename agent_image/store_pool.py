@@ -233,10 +233,5 @@ class Pool:
 
     def show_snapshots(self, names: Sequence[SnapshotName]) -> list[Snapshot]:
         """Blocking: snapshots as callers see them; those that are gone meanwhile are left out."""
-        shown = []
-        for name in names:
-            try:
-                shown.append(Snapshot(name, self.driver.usage(name).written_bytes))
-            except NotFoundError:
-                continue
-        return shown
+        written = self.driver.written(names)
+        return [Snapshot(name, written[name]) for name in names if name in written]

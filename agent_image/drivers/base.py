@@ -143,6 +143,9 @@ class StorageDriver(Protocol):
     def usage(self, name: DatasetName | SnapshotName) -> Usage:
         """The sizes that move; NotFoundError."""
 
+    def written(self, names: Sequence[SnapshotName]) -> Mapping[SnapshotName, int]:
+        """``usage(name).written_bytes`` of many snapshots, those that are gone left out."""
+
     # -- datasets ----------------------------------------------------------------------------------------------------
 
     def create_filesystem(

@@ -7,7 +7,7 @@ never changes, it is compared once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from agent_image.drivers.file_contents import changed_bytes
 from agent_image.drivers.file_pool import FilePool
 from agent_image.drivers.file_records import NO_CONTENT, DatasetRecord, SnapshotRecord
 from imaging import files
-from imaging.errors import NoSpaceError
+from imaging.errors import NoSpaceError, NotFoundError
 from imaging.names import DatasetName, PoolName, SnapshotName
 
 WRITTEN_KEPT_MAX = 10_000
@@ -52,6 +52,16 @@ class FileSpace(FilePool):
             quota_bytes=dataset.quota_bytes,
             refreservation_bytes=dataset.refreservation_bytes,
         )
+
+    def written(self, names: Sequence[SnapshotName]) -> Mapping[SnapshotName, int]:
+        """What was written before each snapshot since the one before; measured once, remembered after."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = self._snapshot_usage(name).written_bytes
+            except NotFoundError:
+                continue  # destroyed since the caller learnt of it
+        return found
 
     def _snapshot_usage(self, name: SnapshotName) -> Usage:
         with ExitStack() as opened:

@@ -61,8 +61,13 @@ class SpaceRules(Suite):
         for usage in (first, second):
             assert 8 * MIB <= usage.referenced_bytes <= 8 * MIB + SLACK_BYTES
             assert usage.available_bytes == 0
+        pair = [volume @ "s1", volume @ "s2"]
+        both = {pair[0]: first.written_bytes, pair[1]: second.written_bytes}
+        assert driver.written([*pair, volume @ "absent", place / "absent" @ "s"]) == both
+        assert driver.written(pair) == both
         driver.destroy_snapshot(volume @ "s1")
         settled(driver, volume @ "s2", lambda u: u.written_bytes >= 8 * MIB)
+        assert driver.written(pair) == {pair[1]: driver.usage(volume @ "s2").written_bytes}
 
     def test_written_of_a_clone_starts_at_its_origin(self, driver: StorageDriver, place: DatasetName) -> None:
         make_volume(driver, place / "v", size_bytes=64 * MIB)

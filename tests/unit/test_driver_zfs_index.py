@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
 from agent_image.drivers.zfs.index import PoolIndex
+from agent_image.drivers.zfs.written import Span
 from imaging.names import DatasetName, SnapshotName
 
 ROOT = DatasetName.parse("tank")
@@ -138,3 +140,21 @@ def test_index_and_plain_dictionary_agree_after_random_changes() -> None:
             inside = {other for other in model if other == parent or other.startswith(f"{parent}/")}
             model = (model - inside) | {target + other[len(parent) :] for other in inside}
         assert sorted(listed(index)) == sorted(model), f"seed {seed}"
+
+
+def test_written_is_asked_once_for_each_pair_of_snapshots() -> None:
+    index, asked = PoolIndex(), list[Sequence[SnapshotName]]()
+    first, second = SnapshotName.parse("tank/v@a"), SnapshotName.parse("tank/v@b")
+
+    def ask(names: Sequence[SnapshotName]) -> dict[SnapshotName, int]:
+        asked.append(names)
+        return {name: len(asked) for name in names if name != first}
+
+    spans = {first: Span(1, 0), second: Span(2, 1)}
+    assert index.written.of(spans, ask) == {second: 1}  # the first is gone
+    assert index.written.of({second: Span(2, 1)}, ask) == {second: 1}
+    assert index.written.of({second: Span(2, 0)}, ask) == {second: 2}  # its predecessor was destroyed
+    with index.reading() as reading:
+        index.apply_all(reading, [], [])
+    assert index.written.of({second: Span(2, 1)}, ask) == {second: 3}
+    assert asked == [[first, second], [second], [second]]

@@ -17,6 +17,7 @@ from agent_image.drivers.zfs.lzc import Lzc
 from agent_image.drivers.zfs.ownership import open_zfs_device, own
 from agent_image.drivers.zfs.properties import VOLBLOCKSIZE_DEFAULT_BYTES, check_volblocksize
 from agent_image.drivers.zfs.watch import Watch
+from agent_image.drivers.zfs.written import Span
 from imaging.errors import InvalidNameError, NotFoundError, UnavailableError, WrongKindError
 from imaging.names import DatasetName, PoolName, SnapshotName
 
@@ -151,6 +152,26 @@ class ZfsCore:
         if entry is None:
             raise NotFoundError(f"{name} not found")
         return programs.usage_of(name, entry)
+
+    def written(self, names: Sequence[SnapshotName]) -> Mapping[SnapshotName, int]:
+        """What was written before each snapshot, asked from ZFS in batches and remembered: it cannot change."""
+        lzc, spans = self._lzc, {}
+        for dataset in dict.fromkeys(name.dataset for name in names):
+            spans.update(self._spans(dataset))
+        wanted = {name: spans[name] for name in names if name in spans}
+        return self._index.written.of(wanted, lambda unknown: survey.read_written(lzc, unknown))
+
+    def _spans(self, dataset: DatasetName) -> dict[SnapshotName, Span]:
+        """The snapshots of a dataset, each with the one before; before the first of a clone comes its origin."""
+        info = self._index.find(dataset)
+        if info is None or is_hidden(dataset):
+            return {}
+        origin = None if info.origin is None else self._index.find_snapshot(info.origin)
+        spans, guid_before = {}, 0 if origin is None else origin.guid
+        for entry in self._index.snapshots(dataset):
+            spans[entry.name] = Span(entry.guid, guid_before)
+            guid_before = entry.guid
+        return spans
 
     # -- for the classes above ---------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
+from agent_image.drivers.zfs.written import WrittenMemory
 from imaging.names import DatasetName, SnapshotName
 
 
@@ -44,6 +45,7 @@ class PoolIndex:
         self._snapshots: dict[DatasetName, dict[str, SnapshotInfo]] = {}
         self._clones: dict[SnapshotName, set[DatasetName]] = {}
         self._readings: list[Reading] = []
+        self.written = WrittenMemory()
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +228,7 @@ class PoolIndex:
         by_dataset: dict[DatasetName, list[SnapshotInfo]] = {}
         for entry in snapshots:
             by_dataset.setdefault(entry.name.dataset, []).append(entry)
+        self.written.forget()
         with self._lock:
             seen = set()
             for info in datasets:

@@ -118,6 +118,16 @@ end
     + _LOOP
 )
 
+WRITTEN = (
+    """
+function one(name)
+  return {written = zfs.get_prop(name, "written")}
+end
+"""
+    + _LOOP
+)
+"""What was written between a snapshot and the one before."""
+
 READONLY = (
     """
 function one(name)
@@ -207,6 +217,11 @@ def usage_of(name: object, entry: Mapping[bytes, Any]) -> Usage:
         quota_bytes=_number(entry, b"quota") or 0,
         refreservation_bytes=_number(entry, b"refreservation") or 0,
     )
+
+
+def written_of(name: object, entry: Mapping[bytes, Any]) -> int:
+    """The size WRITTEN answered."""
+    return _required(entry, b"written", name)
 
 
 @dataclass(frozen=True, slots=True)

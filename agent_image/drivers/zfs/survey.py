@@ -82,7 +82,19 @@ def read_properties(lzc: Lzc, names: Sequence[DatasetName]) -> dict[DatasetName,
     return found
 
 
-def _batches(names: Sequence[DatasetName]) -> Iterator[Sequence[DatasetName]]:
+def read_written(lzc: Lzc, names: Sequence[SnapshotName]) -> dict[SnapshotName, int]:
+    """What was written before each snapshot; those that are gone are missing."""
+    found: dict[SnapshotName, int] = {}
+    for batch in _batches(names):
+        answer = lzc.program(programs.WRITTEN, [str(name) for name in batch])
+        for name in batch:
+            entry = answer.get(str(name).encode())
+            if entry is not None:
+                found[name] = programs.written_of(name, entry)
+    return found
+
+
+def _batches(names: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(names), PROGRAM_NAMES_MAX):
         yield names[start : start + PROGRAM_NAMES_MAX]
 
