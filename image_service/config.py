@@ -263,6 +263,16 @@ def _catalog(params: Mapping[str, Any], state_dir: Path) -> CatalogSettings:
     )
 
 
+def _fetch_limits(params: Mapping[str, Any]) -> FetchLimits:
+    return FetchLimits(
+        fetches_max=params["fetches"],
+        failures_max=params["fetch_failures_max"],
+        total_timeout_s=params["fetch_timeout_s"],
+        backoff_s=params["fetch_backoff_s"],
+        checkpoint_s=params["fetch_checkpoint_s"],
+    )
+
+
 def service_config(params: Mapping[str, Any]) -> ServiceConfig:
     """The configuration from the parsed options; InvalidArgumentError says what does not fit."""
     state_dir: Path = params["state_dir"]
@@ -287,13 +297,7 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
             stall_timeout_s=params["fetch_stall_timeout_s"],
             size_max_bytes=params["image_size_max_bytes"],
         ),
-        fetches=FetchLimits(
-            fetches_max=params["fetches"],
-            failures_max=params["fetch_failures_max"],
-            total_timeout_s=params["fetch_timeout_s"],
-            backoff_s=params["fetch_backoff_s"],
-            checkpoint_s=params["fetch_checkpoint_s"],
-        ),
+        fetches=_fetch_limits(params),
         derive=DeriveLimits(
             derivations_max=params["derivations"],
             total_timeout_s=params["derive_timeout_s"],

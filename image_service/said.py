@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from multidict import MultiMapping
+from typing import Protocol
 
 from image_service.facts import ImageFormat
 from image_service.lifecycle import UNKNOWN_SIZE, Details, Expected, Image, ImageStatus, ImageType
@@ -27,12 +26,22 @@ DIGEST_HEADER = "X-Image-Digest"
 SIZE_MAX_DIGITS = 18
 
 
+class Repeatable(Protocol):
+    """Headers or a query: names that may come more than once."""
+
+    def get(self, key: str, default: str, /) -> str:
+        """The first value."""
+
+    def getall(self, key: str, default: list[str], /) -> list[str]:
+        """Every value."""
+
+
 def clean(text: str) -> str:
     """A header's value as text: bytes that are not UTF-8 become replacement characters."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def details_of_headers(headers: MultiMapping[str]) -> Details:
+def details_of_headers(headers: Repeatable) -> Details:
     """What the headers of an upload say; InvalidArgumentError."""
     return Details(
         comment=clean(headers.get(COMMENT_HEADER, "")),
@@ -51,7 +60,7 @@ def parse_label(text: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def expected_of(values: Mapping[str, str]) -> Expected:
+def expected_of(values: Repeatable) -> Expected:
     """What ``X-Image-Digest``, ``-Size`` and ``-Format`` say the bytes must be; InvalidArgumentError."""
     digest, size, kind = (values.get(name, "") for name in (DIGEST_HEADER, SIZE_HEADER, FORMAT_HEADER))
     return Expected(
@@ -95,7 +104,7 @@ class Wanted:
     """Key and value; None is any value."""
 
     @classmethod
-    def parse(cls, query: MultiMapping[str]) -> Wanted:
+    def parse(cls, query: Repeatable) -> Wanted:
         """From a query string; InvalidArgumentError."""
         kind, status = query.get("type", ""), query.get("status", "")
         try:
@@ -106,7 +115,7 @@ class Wanted:
         return cls(
             ImageType.parse(kind, "invalid type") if kind else None,
             wanted_status,
-            query.get("name"),
+            next(iter(query.getall("name", [])), None),
             [(key, value if equals else None) for key, equals, value in labels],
         )
 
