@@ -25,7 +25,7 @@ from agent_image.fetch_server import ImageServer
 from agent_image.fetch_service import Form, ServiceImage, ServiceQuestions
 from agent_image.store_images import PROPERTY_IMAGE, PROPERTY_SNAPSHOT, Images
 from imaging.digests import Digest
-from imaging.errors import ConflictError
+from imaging.errors import ConflictError, TooLargeError
 from imaging.names import SnapshotName
 
 PROPERTY_NAME = "mistify:name"
@@ -107,9 +107,10 @@ class Offers:
         questions = ServiceQuestions(self._server, self._limits, cancel)
         found = questions.find_image(url)
         facts: Mapping[str, str] = {}
+        kind = ""
         if found is not None:
             base_url, image = found
-            facts = _facts(image)
+            facts, kind = _facts(image), image.type
             if not order.digest:
                 for base_id, origin in self._bases(order.id, image):
                     form = Form(base_url, image.id, {"format": "zvol", "from": base_id})
@@ -118,13 +119,16 @@ class Offers:
                     yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, questions, cancel)
             yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel)
         headers = self._server.headers_for(url)
-        yield Offer(url, lambda: HttpBody(url, self._limits, cancel, headers), facts=facts, is_last=True)
+        yield Offer(url, lambda: HttpBody(url, self._limits, cancel, headers), kind=kind, facts=facts, is_last=True)
 
     def _chunked(self, form: Form, image: ServiceImage, questions: ServiceQuestions, cancel: CancelToken) -> Offer:
         headers = self._server.headers_for(form.download_url)
 
-        def open_body() -> ChunkedBody:
-            chunks = questions.get_chunks(form)
+        def open_body() -> AbstractContextManager[Body]:
+            try:
+                chunks = questions.get_chunks(form)
+            except TooLargeError:  # too long a list to hold: then these bytes are verified as a whole
+                return HttpBody(form.download_url, self._limits, cancel, headers)
             if not form.query and str(chunks.digest) != image.digest:
                 raise ConflictError(
                     f"the chunks are of {chunks.digest}, the image is {image.digest}: {form.chunks_url}"
