@@ -129,7 +129,7 @@ def no_udev() -> Iterator[None]:
 def test_hundreds_of_volumes_without_udev_all_get_their_own_device(driver: ZfsDriver, tmp_path: Path) -> None:
     """No links: each device must be found by asking the kernel whose it is."""
     driver.close()
-    blind = ZfsDriver(driver.pool, link_directory=tmp_path / "no-links", device_busy_timeout_s=30.0)
+    blind = ZfsDriver(driver.pool, link_directory=tmp_path / "no-links", link_timeout_s=0.0, device_busy_timeout_s=30.0)
     blind.open()
     place = driver.pool.root / "many"
     blind.create_filesystem(place)

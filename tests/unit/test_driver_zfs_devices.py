@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
+
+import pytest
 
 from agent_image.drivers.zfs import devices
 
@@ -32,3 +35,37 @@ def test_what_is_no_volume_has_no_name(tmp_path: Path) -> None:
 def test_programs_of_udev_let_go_by_themselves() -> None:
     assert devices.is_passing("tank/v is open: process 12 (systemd-udevd)")
     assert not devices.is_passing("tank/v is open: process 12 (qemu-system-x86)")
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the place of the device of tank/v, and udev running."""
+    node = tmp_path / "zd16"
+    node.touch()
+    (tmp_path / "zvol" / "tank").mkdir(parents=True)
+    monkeypatch.setattr(devices, "UDEV_CONTROL", node)
+    monkeypatch.setattr(devices, "volume_of", lambda path: "tank/v" if path.resolve() == node else None)
+    return node
+
+
+def test_device_is_told_by_its_link_once_udev_made_it(node: Path) -> None:
+    link = node.parent / "zvol/tank/v"
+    made = threading.Timer(0.05, link.symlink_to, [node])
+    made.start()
+    assert devices.Devices(node.parent, link_timeout_s=60.0).wait_linked("tank/v", 60.0) == link
+    made.join()
+
+
+def test_device_whose_link_does_not_come_is_told_by_its_node(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = devices.Devices(node.parent, link_timeout_s=0.05)
+    assert blind.wait_linked("tank/v", 60.0) == node
+    blind = devices.Devices(node.parent, link_timeout_s=1e9)
+    monkeypatch.setattr(devices, "UDEV_CONTROL", node / "absent")
+    assert blind.wait_linked("tank/v", 1e9) == node
+
+
+def test_link_is_waited_for_in_vain_only_once(node: Path) -> None:
+    blind = devices.Devices(node.parent, link_timeout_s=0.05)
+    blind.wait_linked("tank/v", 60.0)
+    blind._link_timeout_s = 1e9
+    assert blind.wait_linked("tank/v", 1e9) == node

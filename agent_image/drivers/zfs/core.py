@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo, Usage
 from agent_image.drivers.zfs import programs, survey
-from agent_image.drivers.zfs.devices import Devices
+from agent_image.drivers.zfs.devices import LINK_TIMEOUT_S, Devices
 from agent_image.drivers.zfs.hidden import MARK, is_hidden
 from agent_image.drivers.zfs.index import PoolIndex
 from agent_image.drivers.zfs.lzc import Lzc
@@ -42,6 +42,7 @@ class ZfsCore:
         volblocksize_default_bytes: int = VOLBLOCKSIZE_DEFAULT_BYTES,
         device_directory: Path = Path("/dev"),
         link_directory: Path | None = None,
+        link_timeout_s: float = LINK_TIMEOUT_S,
         device_busy_timeout_s: float = DEVICE_BUSY_TIMEOUT_S,
     ) -> None:
         """``state_dir`` is every driver's second argument; this one keeps all its state in the pool itself."""
@@ -49,7 +50,7 @@ class ZfsCore:
         self._pool = pool
         self._volblocksize_default_bytes = check_volblocksize(volblocksize_default_bytes)
         self._device_busy_timeout_s = device_busy_timeout_s
-        self._devices = Devices(device_directory, link_directory=link_directory)
+        self._devices = Devices(device_directory, link_directory=link_directory, link_timeout_s=link_timeout_s)
         self._lock = threading.RLock()
         self._index = PoolIndex()
         self._opened: tuple[Lzc, Watch] | None = None

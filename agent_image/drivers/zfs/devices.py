@@ -24,6 +24,10 @@ BLKZNAME = 0x8100127D
 """_IOR(0x12, 125, char[256]): the name of the volume behind a device."""
 BLKFLSBUF = 0x1261
 NAME_BUFFER_BYTES = 256
+LINK_TIMEOUT_S = 5.0
+"""udev's link comes 35-400 ms after the device where nothing else happens; its name is the better answer, as numbers are used again."""
+UDEV_CONTROL = Path("/run/udev/control")
+"""There while udev runs."""
 POLL_FIRST_S = 0.01
 POLL_MAX_S = 0.25
 DEVICE_NAME = re.compile(r"zd\d+\Z")
@@ -61,7 +65,16 @@ class Node(NamedTuple):
 class Devices:
     """Finds devices of volumes by name."""
 
-    def __init__(self, device_directory: Path = Path("/dev"), *, link_directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        device_directory: Path = Path("/dev"),
+        *,
+        link_directory: Path | None = None,
+        link_timeout_s: float = LINK_TIMEOUT_S,
+    ) -> None:
+        self._link_timeout_s = link_timeout_s
+        self._linkless: set[str] = set()
+        """Volumes whose links were waited for in vain once."""
         self._devices = device_directory
         self._links = link_directory or device_directory / "zvol"
         self._lock = threading.Lock()
@@ -106,6 +119,7 @@ class Devices:
         """Names moved (rename): ask again."""
         with self._lock:
             self._asked.clear()
+            self._linkless.clear()
 
     def wait(self, volume: str, timeout_s: float) -> Path:
         """The path of the volume's device once it is there; UnavailableError after ``timeout_s``."""
@@ -121,6 +135,24 @@ class Devices:
                 self.forget()  # a name seen before its rename came through would hide the volume
             tick.wait(pause_s)
             pause_s = min(pause_s * 2, POLL_MAX_S)
+
+    def wait_linked(self, volume: str, timeout_s: float) -> Path:
+        """The same, and while udev runs by its link, so that all who ask are told one path; the node if the link does not come."""
+        deadline = time.monotonic() + timeout_s
+        found, link = self.wait(volume, timeout_s), self._links / volume
+        if found == link or volume in self._linkless or not UDEV_CONTROL.exists():
+            return found
+        link_deadline = min(deadline, time.monotonic() + self._link_timeout_s)
+        tick, pause_s = threading.Event(), POLL_FIRST_S
+        while time.monotonic() < link_deadline:
+            tick.wait(pause_s)
+            pause_s = min(pause_s * 2, POLL_MAX_S)
+            if volume_of(link) == volume:
+                return link
+        if link_deadline < deadline:
+            with self._lock:
+                self._linkless.add(volume)
+        return self.wait(volume, max(0.0, deadline - time.monotonic()))
 
     def flush(self, volume: str) -> None:
         """Write what the block layer still has of the volume and forget it: its contents are about to change, or just did."""

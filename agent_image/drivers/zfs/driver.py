@@ -31,12 +31,13 @@ class ZfsDriver(ZfsStreams):
     def device(self, name: DatasetName, *, timeout_s: float = DEVICE_TIMEOUT_S) -> Path:
         """The volume's device, once it is there and is this volume."""
         self._volume(name)
-        return self._devices.wait(str(name), timeout_s)
+        return self._devices.wait_linked(str(name), timeout_s)
 
     @contextlib.contextmanager
     def open_volume(self, name: DatasetName, *, writable: bool = False) -> Iterator[int]:
         """The volume's device. Not exclusively: a guest's disk may be read while the guest runs, and qemu claims nothing either."""
-        path = self.device(name)
+        self._volume(name)
+        path = self._devices.wait(str(name), DEVICE_TIMEOUT_S)
         if writable:
             self._refuse_readonly(name)
         fd = _open_writable(path, name, self._device_busy_timeout_s) if writable else _open_readable(path, name)
