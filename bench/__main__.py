@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import codec, harness, imagestore, rpc_calls, serving, simplestreams, transfers
+from bench import codec, derive, harness, imagestore, rpc_calls, serving, simplestreams, transfers
 
 BENCHMARKS: dict[str, Callable[[harness.Report, Path], None]] = {
     "rpc": rpc_calls.run,
     "codec": codec.run,
     "transfers": transfers.run,
+    "derive": derive.run,
     "serving": serving.run,
     "imagestore": imagestore.run,
     "simplestreams": simplestreams.run,

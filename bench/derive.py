@@ -24,6 +24,7 @@ TIMEOUT_S = 1800.0
 def run(report: Report, workdir: Path) -> None:
     """Pull a version, change it, pull the next; then the next again on a pool that has no older one."""
     disk = write_disk(workdir / "version.raw", SIZE_MIB)
+    os.truncate(disk, SIZE_MIB * MIB)
     with daemons.running(workdir) as stack:
         with PeakMemory([stack.service.pid, stack.agent.pid]) as memory:
             old = _upload(stack, disk)
@@ -92,9 +93,10 @@ def _pull(stack: daemons.Stack, image_id: str) -> tuple[int, float]:
 
 
 def _change(disk: Path) -> None:
-    """New noise in blocks all over the disk."""
+    """Other data of the same kind in blocks all over the disk: what stands elsewhere on it."""
     rng = random.Random(2)
     blocks = SIZE_MIB * MIB // BLOCK_BYTES
     with disk.open("r+b") as file:
         for number in rng.sample(range(blocks), round(blocks * CHANGED_SHARE)):
-            os.pwrite(file.fileno(), rng.randbytes(BLOCK_BYTES), number * BLOCK_BYTES)
+            data = os.pread(file.fileno(), BLOCK_BYTES, rng.randrange((blocks - 1) * BLOCK_BYTES))
+            os.pwrite(file.fileno(), data, number * BLOCK_BYTES)
