@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,19 @@ def test_device_somebody_holds_is_named_and_nothing_is_destroyed(driver: ZfsDriv
         assert any(f"process {process} (" in text for text in caught.value.dependants)
     assert there(place) == before
     assert read(driver, place / "v", 0, 8192) == noise(1)
+
+
+def test_view_somebody_held_goes_before_the_next_destruction(driver: ZfsDriver, place: DatasetName) -> None:
+    make_volume(driver, place / "v")
+    snapshot = take(driver, (place / "v") @ "s").name
+    with ExitStack() as held:
+        with driver.open_snapshot(snapshot) as fd:
+            held.enter_context(holder(Path(f"/proc/self/fd/{fd}").resolve()))
+        with pytest.raises(BusyError) as caught:
+            driver.destroy_snapshot(snapshot)
+        assert caught.value.dependants == (f"{snapshot} is being read",)
+    driver.destroy_snapshot(snapshot)
+    assert there(place) == [str(place), f"{place}/v"]
 
 
 def test_snapshot_that_is_being_sent_is_kept(driver: ZfsDriver, place: DatasetName) -> None:

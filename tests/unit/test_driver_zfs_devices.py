@@ -34,6 +34,7 @@ def test_what_is_no_volume_has_no_name(tmp_path: Path) -> None:
 
 def test_programs_of_udev_let_go_by_themselves() -> None:
     assert devices.is_passing("tank/v is open: process 12 (systemd-udevd)")
+    assert devices.is_passing("tank/v is open: process 12 ((spawn))")
     assert not devices.is_passing("tank/v is open: process 12 (qemu-system-x86)")
 
 

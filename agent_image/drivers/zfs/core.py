@@ -53,6 +53,8 @@ class ZfsCore:
         self._devices = Devices(device_directory, link_directory=link_directory, link_timeout_s=link_timeout_s)
         self._lock = threading.RLock()
         self._index = PoolIndex()
+        self._left: set[DatasetName] = set()
+        """Temporary datasets that somebody still had open when they were done with."""
         self._opened: tuple[Lzc, Watch] | None = None
         self._owned_fd = -1
 

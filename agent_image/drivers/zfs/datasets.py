@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from imaging.errors import (
     WrongKindError,
 )
 from imaging.names import DatasetName, SnapshotName
+
+log = logging.getLogger(__name__)
 
 BUSY_POLL_S = 0.05
 SEND_TAG_PREFIX = "mistify.send:"
@@ -251,6 +254,7 @@ class ZfsDatasets(ZfsCore):
         """Destroy a dataset; checks everything that could stand in the way before it begins."""
         if self._find(name).name == self._pool.root:
             raise InvalidArgumentError(f"the root of pool {name} cannot be destroyed")
+        self._destroy_left()
         volumes = [info.name for info in self._index.datasets(name, DatasetKind.VOLUME)]
         if recursive:
             self._wait_unheld(volumes, f"cannot destroy {name}")
@@ -332,6 +336,32 @@ class ZfsDatasets(ZfsCore):
         if name.leaf.startswith(f"{PREFIX}{Purpose.VIEW}") and info is not None:
             return f"{info.origin} is being read"
         return f"a stream is being received below {name.parent}" if is_hidden(name) else str(name)
+
+    # -- temporary datasets ------------------------------------------------------------------------------------------
+
+    def _destroy_temporary(self, name: DatasetName) -> None:
+        """Destroy it once udev let go; what cannot be destroyed now goes before the next destruction, or at the next start."""
+        try:
+            self._while_busy(lambda: self._destroy_temporary_now(name), name, [name])
+        except NotFoundError:  # another thread was first
+            self._left.discard(name)
+        except MistifyError:
+            self._left.add(name)
+            log.warning("zfs_temporary_left", extra={"dataset": str(name)}, exc_info=True)
+        else:
+            self._left.discard(name)
+
+    def _destroy_temporary_now(self, name: DatasetName) -> None:
+        with self._lock:
+            snapshots = [entry.name for entry in self._index.snapshots(name)]
+            if snapshots:
+                self._destroy_snapshots_now(snapshots)
+            self._destroy_one(name)
+
+    def _destroy_left(self) -> None:
+        """What could not be destroyed when it was done with must not stand in anybody's way."""
+        for name in sorted(self._left):
+            self._destroy_temporary(name)
 
     # -- devices somebody holds --------------------------------------------------------------------------------------
 

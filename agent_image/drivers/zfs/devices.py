@@ -33,8 +33,10 @@ POLL_MAX_S = 0.25
 DEVICE_NAME = re.compile(r"zd\d+\Z")
 PARTITION = re.compile(r"p\d+\Z")
 SYS_BLOCK = Path("/sys/block")
-UDEV_COMMANDS = frozenset({"systemd-udevd", "(udev-worker)", "udevd", "blkid", "zvol_id", "udevadm", "multipathd"})
-"""Programs that look at each new device for a moment; waiting for them ends."""
+UDEV_COMMANDS = frozenset(
+    {"systemd-udevd", "(udev-worker)", "(spawn)", "udevd", "blkid", "zvol_id", "udevadm", "multipathd"}
+)
+"""Programs that look at each new device for a moment; waiting for them ends. (spawn) is a child of udev on its way to become one."""
 
 
 def volume_of(device: Path) -> str | None:

@@ -41,6 +41,7 @@ class ZfsSnapshots(ZfsDatasets):
         self, name: SnapshotName, *, recursive: bool = False, defer: bool = False
     ) -> Sequence[SnapshotName]:
         """Destroy snapshots, all or none; with ``defer`` what is needed is only marked, and is not in the answer."""
+        self._destroy_left()
         with self._lock:
             self.get_snapshot(name)
             datasets = self._index.datasets_with_snapshot(name.dataset, name.snapshot) if recursive else [name.dataset]
@@ -55,6 +56,7 @@ class ZfsSnapshots(ZfsDatasets):
 
     def rollback(self, name: SnapshotName, *, destroy_newer: bool = False) -> None:
         """Make the dataset what the snapshot is; a device somebody has open would change under them, so that is refused."""
+        self._destroy_left()
         info = self._find(name.dataset)
         if info.kind is DatasetKind.VOLUME:
             self._wait_unheld([name.dataset], f"cannot roll back to {name}")

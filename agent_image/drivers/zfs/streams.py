@@ -199,20 +199,6 @@ class ZfsStreams(ZfsSnapshots):
             log.warning("zfs_temporary_left", extra={"dataset": str(temporary)}, exc_info=True)
         self._index.remove(temporary)
 
-    def _destroy_temporary(self, name: DatasetName) -> None:
-        """Destroy it once udev let go; what cannot be destroyed now goes at the next start."""
-        try:
-            self._while_busy(lambda: self._destroy_temporary_now(name), name, [name])
-        except MistifyError:
-            log.warning("zfs_temporary_left", extra={"dataset": str(name)}, exc_info=True)
-
-    def _destroy_temporary_now(self, name: DatasetName) -> None:
-        with self._lock:
-            snapshots = [entry.name for entry in self._index.snapshots(name)]
-            if snapshots:
-                self._destroy_snapshots_now(snapshots)
-            self._destroy_one(name)
-
     def _repair(self) -> None:
         """Remove temporary datasets of a process that died; only what is marked ours beyond doubt."""
         for info in self._index.datasets(self._pool.root):
