@@ -10,10 +10,12 @@ from typing import BinaryIO
 
 import click
 
+from image_service.copying import copy_blobs
 from image_service.imagestore.fetching import Downloader, PullPolicy
 from image_service.imagestore.importing import import_image
 from image_service.imagestore.options import NAME_OPTION, STORE_OPTION, default_name, open_store
 from image_service.imagestore.steps import chain
+from image_service.store_urls import blobs_source, blobs_target
 from imaging.errors import InvalidArgumentError, MistifyError
 from imaging.files import os_errors
 
@@ -82,3 +84,22 @@ def _open(file: str, stack: ExitStack) -> BinaryIO:
         if path.is_dir():
             raise InvalidArgumentError(f"{file} is a directory; make a tar archive of it")
         return stack.enter_context(path.open("rb", buffering=0))
+
+
+@command.command()
+@click.option(
+    "--from", "source", required=True, metavar="URL", help="file:///DIRECTORY or s3://BUCKET/PREFIX?endpoint=..."
+)
+@click.option("--to", "target", required=True, metavar="URL", help="The same forms.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
+def copy(source: str, target: str, *, dry_run: bool) -> None:
+    """Copy all images that the target lacks, each verified by its digest. A copy that broke off goes on where it was.
+
+    The source may be in use. A local target must not be.
+    """
+    with blobs_source(source) as ours, blobs_target(target) as theirs:
+        count = copy_blobs(
+            ours, theirs, dry_run=dry_run, told=lambda info: click.echo(f"{info.digest} {info.size_bytes}")
+        )
+    would = "would be " if dry_run else ""
+    click.echo(f"{count.copied} images of {count.copied_bytes} bytes {would}copied, {count.same} were there")
