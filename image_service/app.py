@@ -102,7 +102,7 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         uploads = Uploads(records, blobs, collector, inspector, pools=pools, limits=config.uploads)
         undo.push_async_callback(uploads.close)
         scrubber = Scrubber(records, blobs, pools, interval_s=config.scrub_interval_s)
-        upkeep = Upkeep(collector, uploads, scrubber, pools)
+        upkeep = Upkeep(collector, uploads, scrubber, inspector, pools)
         undo.push_async_callback(upkeep.close)
         deriver = await pools.data(_deriver, config, service, records, blobs, collector, admission, pools)
         undo.push_async_callback(deriver.close)

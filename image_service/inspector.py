@@ -6,9 +6,10 @@ complete image of the same type has already are not looked at twice.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from image_service.collector import Collector
 from image_service.facts import Facts, ImageFormat, InspectionLimits
 from image_service.imagestore.describing import describe
 from image_service.inspection import Inspection
-from image_service.lifecycle import Details, Image, ImageType, facts_of
+from image_service.lifecycle import Details, Image, ImageStatus, ImageType, facts_of, set_damaged, set_seen
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, InvalidArgumentError, MistifyError
+from imaging.errors import BadDataError, InvalidArgumentError, MistifyError, TooLargeError
 
 INSPECTIONS_MAX = 16
 """At once, while bytes come in: a decoder may hold 128 MiB. Further images are read when they are stored."""
@@ -35,6 +36,8 @@ LOOK_TTL_S = 24 * 3600.0
 
 READ_BYTES = 1 << 20
 """Read at once from the store."""
+
+log = logging.getLogger(__name__)
 
 
 class Inspector:
@@ -83,6 +86,22 @@ class Inspector:
             self._collector.discard(lease, info.digest)
             raise
         self._collector.publish(lease, info.digest, lambda: record(facts))
+
+    def unseen(self) -> Sequence[Image]:
+        """Complete images nobody has looked at: taken over from the original service, or stored by an older version of this one."""
+        complete = (image for image in self._records.iterate() if image.status is ImageStatus.COMPLETE)
+        return [image for image in complete if not image.unpacked_sha512]
+
+    def catch_up(self, image: Image) -> None:
+        """Look at such an image now: its record gets the facts, or says why it is not offered any more."""
+        try:
+            facts = self.conclude(image, self._blobs.info(image.blob), None)
+        except (BadDataError, TooLargeError) as err:
+            reason = err.message
+            log.warning("image is refused: %s", reason, extra={"image_id": image.id})
+            self._records.update(image.id, lambda old: set_damaged(old, image.blob, reason))
+        else:
+            self._records.update(image.id, lambda old: set_seen(old, image.blob, facts))
 
     def conclude(self, image: Image, info: BlobInfo, inspection: Inspection | None) -> Facts:
         """What the image's stored bytes are; BadDataError or TooLargeError if it must not become complete."""

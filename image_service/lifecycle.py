@@ -308,6 +308,13 @@ def _with_facts(image: Image, facts: Facts) -> Image:
     )
 
 
+def set_seen(image: Image, digest: Digest, facts: Facts) -> Image:
+    """A complete image nobody had looked at was looked at."""
+    if image.status is not ImageStatus.COMPLETE or image.digest != str(digest):
+        raise ConflictError(f"image {image.id} is {image.status} and does not have the blob {digest}")
+    return _with_facts(image, facts)
+
+
 def set_damaged(image: Image, digest: Digest, reason: str) -> Image:
     """The stored bytes turned out to be damaged: the image is not offered any more. Asking for its source again fetches it anew."""
     if image.status is not ImageStatus.COMPLETE or image.digest != str(digest):

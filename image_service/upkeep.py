@@ -10,11 +10,13 @@ import msgspec
 from aiohttp import web
 
 from image_service.collector import Collector
+from image_service.inspector import Inspector
+from image_service.lifecycle import Image
 from image_service.said import parse_size
 from image_service.scrubbing import Scrubber
-from image_service.spool import Pools
+from image_service.spool import Pools, settled
 from image_service.uploads import Uploads
-from imaging.errors import InvalidArgumentError
+from imaging.errors import InvalidArgumentError, MistifyError
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,10 @@ _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 class Upkeep:
     """Keeps the service's stores tidy and sound."""
 
-    def __init__(self, collector: Collector, uploads: Uploads, scrubber: Scrubber, pools: Pools) -> None:
+    def __init__(
+        self, collector: Collector, uploads: Uploads, scrubber: Scrubber, inspector: Inspector, pools: Pools
+    ) -> None:
+        self._inspector = inspector
         self._collector = collector
         self._uploads = uploads
         self._scrubber = scrubber
@@ -40,10 +45,25 @@ class Upkeep:
             except Exception:
                 log.exception("garbage collection failed")
 
+    async def catch_up(self) -> None:
+        """Look at complete images nobody has looked at, one after the other."""
+        try:
+            for image in await self._data(self._inspector.unseen):
+                await settled(self._data(self._catch_up, image))
+        except MistifyError:
+            log.exception("can't look at what was stored before")
+
+    def _catch_up(self, image: Image) -> None:
+        try:
+            self._inspector.catch_up(image)
+        except MistifyError as err:
+            log.warning("image was not looked at: %s", err.message, extra={"image_id": image.id})
+
     async def run(self, interval_s: float) -> None:
         """Everything, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.keep_collecting(interval_s), name="collect garbage")
+            group.create_task(self.catch_up(), name="look at older images")
             group.create_task(self._scrubber.keep_scrubbing(), name="look whether to scrub")
 
     async def close(self) -> None:

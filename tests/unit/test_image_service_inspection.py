@@ -19,13 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_service import diskfile
+from image_service.admission import Admission, AdmissionLimits
+from image_service.collector import Collector
 from image_service.facts import Facts, ImageFormat, InspectionLimits
+from image_service.importer import utc_now
 from image_service.inspection import Inspection
-from image_service.lifecycle import ImageType
+from image_service.inspector import Inspector
+from image_service.lifecycle import ImageStatus, ImageType, new_upload, set_finished
+from image_service.metadata import MetadataStore
 from imaging.blobs.local import LocalBlobStore
 from imaging.compression import Compression
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InvalidArgumentError, NoSpaceError, TooLargeError
+from imaging.kv.sqlite import SqliteKeyValue
 from tests.codec import samples
 from tests.diskimage.test_qcow2_hostile import build
 
@@ -84,8 +90,9 @@ def test_raw_disk_has_one_content_in_every_packing(packing: Compression) -> None
 
 @pytest.mark.parametrize("name", ["plain-full-s1", "plain-c-s1", "lz4-c", "zstd-ec", "gen-props-package", "big1M-Lec"])
 def test_stream_has_the_content_of_its_disk(name: str) -> None:
+    facts = inspect(samples.load(name))
     for piece in (997, 1 << 20):
-        facts = inspect(samples.load(name), piece=piece)
+        assert inspect(samples.load(name), piece=piece) == facts
         assert (facts.format, facts.virtual_size_bytes) == (ImageFormat.ZVOL, len(samples.raw_image()))
         assert facts.content_digest == str(Digest.of(samples.raw_image()))
     packed = inspect(zstandard.compress(samples.load(name)))
@@ -212,6 +219,27 @@ def test_unpacking_asks_for_room_and_leaves_nothing(tmp_path: Path) -> None:
         diskfile.look(blobs, Digest.of(data), inspect(data), directory=tmp_path, limits=LIMITS, room=refuse)
     assert asked == [(len(build()), 0)]
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_images_stored_before_anybody_looked_are_looked_at(tmp_path: Path) -> None:
+    sound, harmful = samples.load("b512-full"), samples.load("bad-nosize")
+    with LocalBlobStore(tmp_path / "images", reserve_free_bytes=0) as blobs:
+        records = MetadataStore.over(SqliteKeyValue(tmp_path / "records.db"))
+        for name, data in (("sound", sound), ("harmful", harmful)):
+            with blobs.ingest(name) as writer:
+                writer.write(data)
+                info = writer.commit()
+            image = new_upload(name, ImageType.KVM, now=utc_now())
+            records.put(set_finished(image, info.digest, info.size_bytes, now=utc_now()))
+        inspector = Inspector(records, blobs, Admission(AdmissionLimits()), Collector(records, blobs))
+        for image in inspector.unseen():
+            inspector.catch_up(image)
+        assert inspector.unseen() == []
+        assert records.get_by_id("sound").content_digest == inspect(sound).content_digest
+        refused = records.get_by_id("harmful")
+        assert (refused.status, refused.digest) == (ImageStatus.ERROR, "")
+        assert "no volume size" in refused.error
+        records.shutdown()
 
 
 def test_format_of_an_unknown_name_is_refused() -> None:
