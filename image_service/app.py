@@ -121,7 +121,7 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         OpenApiEndpoint(settings.component, settings.version).add_to(app)
         PageEndpoint().add_to(app)
         _observe(app, importer, config.images_dir)
-        app[LIFECYCLE].park_hooks.extend([service.close, uploads.close])
+        app[LIFECYCLE].park_hooks.extend([service.close, uploads.close, deriver.close])
         await service.start()
         await uploads.start()
         app.cleanup_ctx.append(_background(upkeep, config.collect_interval_s, undo.pop_all()))
