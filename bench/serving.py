@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 import shutil
 import subprocess
@@ -92,8 +93,9 @@ def nginx(root: Path, workdir: Path) -> Iterator[str]:
     paths = "".join(
         f"{kind}_temp_path {base}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
+    user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""  # its workers must be able to read the file
     (base / "nginx.conf").write_text(
-        f"daemon off; pid {base}/pid; error_log {base}/error.log; worker_processes auto;\n"
+        f"{user} daemon off; pid {base}/pid; error_log {base}/error.log; worker_processes auto;\n"
         "events { worker_connections 1024; }\n"
         f"http {{ access_log off; sendfile on; tcp_nopush on;\n{paths}"
         f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}\n"
