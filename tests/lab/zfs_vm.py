@@ -67,7 +67,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--disk-gib", type=int, default=16, help="sparse disk of the pool, default %(default)s")
     parser.add_argument("--pool", default=f"lab{os.getpid()}", help="name of the pool, default labPID")
     parser.add_argument("--pool-options", default="", help="further options of zpool create")
-    parser.add_argument("--no-udev", dest="udev", action="store_false", help="no udevd in the guest")
+    parser.add_argument("--no-udev", dest="udev", action="store_const", const="no", help="no udevd in the guest")
+    parser.add_argument(
+        "--udev",
+        choices=["full", "light", "no"],
+        default="full",
+        help="which rules udevd follows; light: only those that make links, no looking into disks; default %(default)s",
+    )
     parser.add_argument(
         "--zfs-module",
         default=ZFS_MODULE,
@@ -142,7 +148,7 @@ NOT_FOR_THE_GUEST = frozenset({"PWD", "OLDPWD", "SHLVL", "_"})
 
 def write_run_files(run: Path, options: argparse.Namespace) -> None:
     """What the guest reads: settings, writable directories, the command with its environment."""
-    settings = {"POOL": options.pool, "UDEV": str(int(options.udev)), "ZFS_MODULE": options.zfs_module}
+    settings = {"POOL": options.pool, "UDEV": options.udev, "ZFS_MODULE": options.zfs_module}
     settings["POOL_OPTIONS"] = options.pool_options
     lines = [f"LAB_{name}={shlex.quote(value)}" for name, value in settings.items()]
     (run / "settings").write_text("\n".join(lines) + "\n")
