@@ -41,13 +41,10 @@ format: venv ## Format the code and repair what ruff can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: venv ## Run every test, setting up what they need (WITHOUT="zfs qemu" leaves backends out, by name)
+test: venv ## Run every test but those of real OpenZFS (make test-zfs), setting up what they need (WITHOUT="qemu" leaves one out)
 	@scripts/ensure-packages $(TEST_PROGRAMS)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/integration/test_zfs_*.py' \
 		$(addprefix --without ,$(WITHOUT)) $(PYTEST_ARGS)
-ifeq ($(filter zfs,$(WITHOUT))$(PYTEST_ARGS),)
-	$(MAKE) --no-print-directory test-zfs
-endif
 
 test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine where this one has none (root)
 	VENV=$(VENV) tests/lab/test-zfs
