@@ -17,12 +17,14 @@ from imaging.errors import BusyError
 from imaging.files import LockFile
 from tests.waiting import wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
+
 APT_TIMEOUT_S = 600
 CLIENT_TIMEOUT_S = 300
 
 _SOURCES = """\
-deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main
-deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main
+deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} bookworm main
+deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} bookworm-backports main
 """
 PACKAGES = {"incus": "incus-client/bookworm-backports", "lxc": "lxd-client/bookworm"}
 
@@ -32,11 +34,17 @@ def _cache() -> Path:
     return Path(base).expanduser() / "mistify-test-clients"
 
 
+def _mirror() -> str:
+    """Where this machine's own apt takes Debian from."""
+    command = [str(ROOT / "scripts" / "debian-mirror")]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=APT_TIMEOUT_S).stdout.strip()
+
+
 def _apt(root: Path, *arguments: str, cwd: Path) -> None:
     """apt-get with lists and sources of its own below ``root``."""
     for name in ("lists/partial", "cache/archives/partial"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    (root / "sources.list").write_text(_SOURCES.replace("", ""))
+    (root / "sources.list").write_text(_SOURCES.format(mirror=_mirror()))
     options = {
         "Dir::Etc::sourcelist": root / "sources.list",
         "Dir::Etc::sourceparts": "/dev/null",
