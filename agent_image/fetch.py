@@ -17,7 +17,7 @@ import msgspec
 
 from agent_image.drivers.base import Readable
 from agent_image.fetch_content import check_raw, decompressed, stream_snapshot
-from agent_image.fetch_http import CancelToken, FetchLimits
+from agent_image.fetch_http import CancelToken, FetchLimits, shown_url
 from agent_image.fetch_offers import Body, Offer, Offers
 from agent_image.fetch_pipe import ReadAhead, first_failure
 from agent_image.fetch_raw import stream_of_raw
@@ -155,7 +155,7 @@ class Fetcher:
                 order.id,
                 snapshot,
                 kind=order.type or body.type or offer.kind,
-                source=order.source and offer.url,
+                source=order.source and shown_url(offer.url),
                 digest=offer.digest or str(hasher.digest()),
             )
             self._driver.set_properties(incoming, {**facts, **offer.facts})

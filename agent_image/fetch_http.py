@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -131,6 +132,12 @@ def status_error(status: int, url: str) -> MistifyError:
     return known.get(status, InvalidArgumentError)(text)
 
 
+def shown_url(url: str) -> str:
+    """The URL without user and password: what errors, logs and records may say of it."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
+
+
 def get_response(
     session: requests.Session, url: str, headers: Mapping[str, str], limits: FetchLimits
 ) -> requests.Response:
@@ -138,13 +145,13 @@ def get_response(
     try:
         return session.get(url, headers=headers, stream=True, timeout=(limits.connect_s, limits.stall_s))
     except requests.Timeout as err:
-        raise UnavailableError(f"timed out while asking for {url}") from err
+        raise UnavailableError(f"timed out while asking for {shown_url(url)}") from err
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as err:
-        raise InvalidArgumentError(f"can't fetch from {url}: not a valid http URL") from err
+        raise InvalidArgumentError(f"can't fetch from {shown_url(url)}: not a valid http URL") from err
     except requests.TooManyRedirects as err:
-        raise BadDataError(f"more than {REDIRECTS_MAX} redirects from {url}") from err
+        raise BadDataError(f"more than {REDIRECTS_MAX} redirects from {shown_url(url)}") from err
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as err:
-        raise UnavailableError(f"can't reach {url}") from err
+        raise UnavailableError(f"can't reach {shown_url(url)}") from err
 
 
 class HttpBody:
@@ -155,7 +162,8 @@ class HttpBody:
     """
 
     def __init__(self, url: str, limits: FetchLimits, cancel: CancelToken, headers: Mapping[str, str]) -> None:
-        self.url = url
+        self.url = shown_url(url)
+        self._address = url
         self.received_bytes = 0
         self.expected_bytes: int | None = None
         self.digest: Digest | None = None
@@ -218,7 +226,7 @@ class HttpBody:
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
         """One request; its raw body becomes the current one."""
         self._cancel.check()
-        response = get_response(self._session, self.url, self._headers | dict(headers), self._limits)
+        response = get_response(self._session, self._address, self._headers | dict(headers), self._limits)
         self._raw = response.raw
         return response
 

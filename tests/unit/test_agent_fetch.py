@@ -278,3 +278,15 @@ async def test_published_image_is_readonly_and_carries_its_mark(world: World, se
     assert world.driver.get_snapshot(SnapshotName.parse("mistify/images/img@image")).volsize_bytes == len(BODY)
     with pytest.raises(NotPermittedError):
         world.write(info.name, b"x")
+
+
+def test_source_with_a_password_is_asked_with_it_and_never_shown() -> None:
+    with FakeImageServer() as server:
+        url = server.serve("/private", b"x", status=404).replace("http://", "http://operator:sesame@")
+        body = HttpBody(url, FetchLimits(), CancelToken(), {})
+        with pytest.raises(NotFoundError, match="received 404") as refused, body:
+            pass
+        [asked] = server.seen_headers
+    assert asked["Authorization"].startswith("Basic ")
+    assert "sesame" not in f"{body.url} {refused.value.message}"
+    assert body.url.endswith("/private")
