@@ -131,7 +131,11 @@ def s3_errors(what: str) -> Iterator[None]:
         yield
     except botocore.exceptions.ClientError as err:
         raise from_client_error(err, what) from err
-    except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError) as err:
+    except (
+        botocore.exceptions.HTTPClientError,
+        botocore.exceptions.ConnectionError,
+        botocore.exceptions.IncompleteReadError,  # the body was cut off; it is no ConnectionError of theirs
+    ) as err:
         raise UnavailableError(what) from err
     except (botocore.exceptions.NoCredentialsError, botocore.exceptions.CredentialRetrievalError) as err:
         raise NotPermittedError(f"{what}: no credentials") from err

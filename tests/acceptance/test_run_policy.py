@@ -58,7 +58,7 @@ def _run(tmp_path: Path, checkout: Path, source: str, *arguments: str) -> subpro
         (SKIPS, "did not feel like it"),
         (XFAILS, "test_expected_failure: expected failure"),
         (MODULE, "not today"),
-        (NEEDS, "s3 is not here (install minio); --without s3 leaves it out"),
+        (NEEDS, "s3 is not here (apt-get install swift-proxy"),
     ],
     ids=["all-run", "skip", "xfail", "module-skip", "missing-backend"],
 )
