@@ -21,6 +21,7 @@ Errors: NotFoundError (get, update, delete of an unknown id), ConflictError (put
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ MARKS = "marks/"
 
 UPDATE_TRIES_MAX = 64
 """A compare-and-swap loses only to a writer that won; this many losses in a row mean that something else is wrong."""
+
+WRITER_LOCKS = 64
+"""Locks that keep threads of one process from overtaking each other at a record; records that share one only wait a little."""
 
 PAGE_RECORDS = 500
 """Records read at once: about 250 KiB, far from any engine's limit on one answer."""
@@ -106,6 +110,7 @@ class MetadataStore:
     def __init__(self, open_engine: Callable[[Mapping[str, Any]], KeyValue]) -> None:
         self._open_engine = open_engine
         self._engine: KeyValue | None = None
+        self._writers = [threading.Lock() for _ in range(WRITER_LOCKS)]
 
     @classmethod
     def over(cls, engine: KeyValue) -> MetadataStore:
@@ -231,6 +236,10 @@ class MetadataStore:
 
         What ``change`` raises leaves the record as it is.
         """
+        with self._writers[hash(image_id) % WRITER_LOCKS]:  # a quick thread must not starve a slow one
+            return self._update(image_id, change)
+
+    def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
         for _ in range(UPDATE_TRIES_MAX):
             entry = self._store.get(record_key(image_id))
             if entry is None:
