@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -30,47 +29,15 @@ from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo
 from imaging.blobs.ingest import Ingest, load_state, recover_ingest, ref_key, remove_ingest
 from imaging.blobs.leases import LeaseBook
 from imaging.blobs.space import RESERVE_FREE_BYTES, Space
+from imaging.blobs.sweep import QUARANTINE_KEEP_S, Sweep
 from imaging.blobs.verifying import BUFFER_BYTES, VerifyingReader
 from imaging.blobs.writer import LocalBlobWriter
 from imaging.digests import Digest
 from imaging.errors import BusyError, InvalidArgumentError, MistifyError, NotFoundError, UnavailableError
 from imaging.files import LockFile, fsync_directory, make_directory, os_errors
 
-QUARANTINE_KEEP_S = 7 * 86400.0
-"""Damaged blobs are kept this long for whoever wants to know what happened; then collect removes them."""
-
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Sweep:
-    """One collection under way: its rules and what it did."""
-
-    keep: frozenset[Digest]
-    before_s: float
-    dry_run: bool
-    left: int | None
-    blobs: list[Digest] = field(default_factory=list)
-    refs: list[str] = field(default_factory=list)
-    freed_bytes: int = 0
-    kept: int = 0
-
-    def may_remove(self) -> bool:
-        """Count one more removal against the limit."""
-        if self.left is None:
-            return True
-        self.left -= 1
-        return self.left >= 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the limit was not hit."""
-        return self.left is None or self.left >= 0
-
-    def report(self) -> CollectReport:
-        """The outcome as the contract words it."""
-        return CollectReport(tuple(self.blobs), tuple(self.refs), self.freed_bytes, self.kept, self.complete)
 
 
 class LocalBlobStore:
@@ -342,7 +309,7 @@ class LocalBlobStore:
         self, keep: Collection[Digest], *, grace_s: float, dry_run: bool = False, limit: int | None = None
     ) -> CollectReport:
         """See BlobStore. ``limit`` bounds the removals. The lock is taken for each removal anew: writers hardly notice."""
-        sweep = _Sweep(frozenset(keep), self._clock() - grace_s, dry_run, limit)
+        sweep = Sweep(frozenset(keep), self._clock() - grace_s, dry_run, limit)
         if not dry_run:
             with self._lock:
                 self._check_open()
@@ -355,7 +322,7 @@ class LocalBlobStore:
         self._sweep_quarantine(sweep)
         return sweep.report()
 
-    def _sweep_ingests(self, sweep: _Sweep) -> None:
+    def _sweep_ingests(self, sweep: Sweep) -> None:
         for info in self.ingests():
             directory = self._ingests / ref_key(info.ref)
             with self._lock:
@@ -367,14 +334,14 @@ class LocalBlobStore:
                     if not sweep.dry_run:
                         self._drop_idle(directory)
 
-    def _ingest_needed(self, directory: Path, sweep: _Sweep) -> bool:
+    def _ingest_needed(self, directory: Path, sweep: Sweep) -> bool:
         """Decided from what is there now, under the lock: the list may be old."""
         state, info = load_state(directory), self._ingest_info(directory)
         if state is None or info is None or directory.name in self._writers:
             return True
         return self._leases.is_live(state.lease, now_s=self._clock()) or info.updated_s > sweep.before_s
 
-    def _sweep_blob(self, digest: Digest, sweep: _Sweep) -> None:
+    def _sweep_blob(self, digest: Digest, sweep: Sweep) -> None:
         with self._lock, contextlib.suppress(NotFoundError):
             blob = self.info(digest)  # again, under the lock: it may have been committed anew
             leased = self._leases.holders(digest, now_s=self._clock())
@@ -386,7 +353,7 @@ class LocalBlobStore:
                 sweep.blobs.append(digest)
                 sweep.freed_bytes += blob.size_bytes
 
-    def _sweep_quarantine(self, sweep: _Sweep) -> None:
+    def _sweep_quarantine(self, sweep: Sweep) -> None:
         if sweep.dry_run:
             return
         before = self._clock() - QUARANTINE_KEEP_S

@@ -43,7 +43,8 @@ from imaging.blobs.s3_ingest import (
 )
 from imaging.blobs.s3_leases import S3Leases
 from imaging.blobs.s3_reading import BUFFER_BYTES, S3Reader, VerifyingS3Reader
-from imaging.blobs.s3_sweep import QUARANTINE, QUARANTINE_KEEP_S, UPLOAD_KEEP_S, Sweep
+from imaging.blobs.s3_sweep import QUARANTINE, UPLOAD_KEEP_S, Sweep
+from imaging.blobs.sweep import QUARANTINE_KEEP_S
 from imaging.digests import Digest
 from imaging.errors import (
     BusyError,

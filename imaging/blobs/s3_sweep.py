@@ -1,51 +1,21 @@
-"""One collection in a bucket: its rules, and what it did."""
+"""One collection in a bucket: what it knows beyond any other collection."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from imaging.blobs.base import CollectReport
+from imaging.blobs import sweep
 from imaging.blobs.s3_bucket import StoredObject
-from imaging.digests import Digest
 
 QUARANTINE = "quarantine/"
-
-QUARANTINE_KEEP_S = 7 * 86400.0
-"""Damaged blobs are kept this long for whoever wants to know what happened."""
 
 UPLOAD_KEEP_S = 86400.0
 """An upload that is put together takes minutes. After a day nobody goes on with it."""
 
 
-@dataclass(slots=True)
-class Sweep:
-    """One collection under way."""
+class Sweep(sweep.Sweep):
+    """One collection under way in a bucket."""
 
-    keep: frozenset[Digest]
-    before_s: float
-    dry_run: bool
-    left: int | None
-    blobs: list[Digest] = field(default_factory=list)
-    refs: list[str] = field(default_factory=list)
-    freed_bytes: int = 0
-    kept: int = 0
-
-    def may_remove(self) -> bool:
-        """Count one more removal against the limit."""
-        if self.left is None:
-            return True
-        self.left -= 1
-        return self.left >= 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the limit was not hit."""
-        return self.left is None or self.left >= 0
+    __slots__ = ()
 
     def is_old(self, stored: StoredObject) -> bool:
         """Whether the object is past the grace."""
         return stored.modified_s <= self.before_s
-
-    def report(self) -> CollectReport:
-        """The outcome as the contract words it."""
-        return CollectReport(tuple(self.blobs), tuple(self.refs), self.freed_bytes, self.kept, self.complete)
