@@ -19,7 +19,8 @@ import imaging.files
 from imaging.blobs.base import BlobStore
 from imaging.blobs.ingest import IngestState, load_state, ref_key
 from imaging.blobs.leases import LEASE_DIGESTS_MAX
-from imaging.blobs.local import QUARANTINE_KEEP_S, LocalBlobStore
+from imaging.blobs.local import LocalBlobStore
+from imaging.blobs.sweep import QUARANTINE_KEEP_S
 from imaging.digests import Digest
 from imaging.errors import BadDataError, BusyError, InvalidArgumentError, NoSpaceError, NotFoundError, UnavailableError
 from tests.contracts.blob_store import BlobStoreContract, add, content, read
