@@ -13,7 +13,8 @@ from pathlib import Path
 
 from bench.disks import MIB, write_disk
 from bench.harness import PeakMemory, Report, compare, mb_per_s, stopwatch
-from tests.acceptance.daemons import Daemon, free_port, start_image_service
+from demo.servers.processes import free_port
+from tests.acceptance.daemons import Daemon, start_image_service
 from tests.waiting import wait_until
 
 SIZE_MIB = 1024

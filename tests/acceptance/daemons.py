@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import requests
 
+from demo.servers.processes import free_port
 from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,12 +32,7 @@ STOP_TIMEOUT_S = 30.0 * PATIENCE
 CALL_TIMEOUT_S = 120.0 * PATIENCE
 """One call of a test; pulls of test images take a second or two."""
 
-_PORTS = range(20_100, 32_000)
-"""Below Linux's ephemeral range (32768-60999), so that no outgoing connection takes a port we are about to use."""
-
 _LOG_TAIL_CHARS = 6_000
-
-_random = random.SystemRandom()
 
 
 class RpcFailureError(AssertionError):
@@ -47,22 +41,6 @@ class RpcFailureError(AssertionError):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.text = text
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on."""
-    for _ in range(200):
-        port = _random.choice(_PORTS)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                continue
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free loopback port")
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.acceptance.daemons import ROOT, RpcFailureError, clean_environment, free_port, new_agent, start_agent
+from demo.servers.processes import free_port
+from tests.acceptance.daemons import ROOT, RpcFailureError, clean_environment, new_agent, start_agent
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
 from tests.waiting import wait_until

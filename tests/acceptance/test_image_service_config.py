@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.acceptance.daemons import Daemon, clean_environment, free_port
+from demo.servers.processes import free_port
+from tests.acceptance.daemons import Daemon, clean_environment
 from tests.acceptance.image_service_calls import call, download, post, record_of, sha256, upload, wait_for
 from tests.fakes.source_server import Source, start_source_server
 from tests.waiting import wait_until

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from demo.servers.etcd import EtcdCluster, EtcdNode, etcd_cluster
 from imaging.errors import BusyError, ConflictError, UnavailableError
 from imaging.kv.base import ABSENT, Compare, Delete, Entry, KeyValue, Put, put
 from imaging.kv.etcd import PAGE_ENTRIES, EtcdKeyValue
@@ -17,7 +18,6 @@ from imaging.kv.etcd_client import EtcdSettings, UncertainError
 from imaging.kv.etcd_leases import EtcdLeases
 from imaging.kv.etcd_watch import Change, EtcdWatch
 from imaging.kv.leases import TTL_MIN_S, Leases
-from tests.cluster.etcd import EtcdCluster, EtcdNode, etcd_cluster
 from tests.contracts.leases import TTL_S, LeasesContract
 from tests.waiting import wait_until
 

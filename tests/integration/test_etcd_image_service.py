@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from demo.servers.etcd import etcd_cluster
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import FETCHING
 from tests.acceptance.test_image_service_wire import *  # noqa: F403  its tests run here, on the service below
-from tests.cluster.etcd import etcd_cluster
 
 pytestmark = pytest.mark.backend("etcd")
 

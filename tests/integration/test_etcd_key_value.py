@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from demo.servers.etcd import EtcdCluster, etcd_cluster
 from imaging.kv.base import KeyValue
 from imaging.kv.etcd import EtcdKeyValue
 from imaging.kv.etcd_client import EtcdSettings
-from tests.cluster.etcd import EtcdCluster, etcd_cluster
 from tests.contracts.key_value import KeyValueContract
 
 pytestmark = pytest.mark.backend("etcd")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import urllib3
 
+from demo.servers.etcd import EtcdCluster, etcd_cluster
 from imaging.errors import NotPermittedError, UnavailableError
 from imaging.kv.base import put
 from imaging.kv.etcd import EtcdKeyValue
 from imaging.kv.etcd_client import EtcdSettings
 from imaging.kv.etcd_watch import EtcdWatch
-from tests.cluster.etcd import EtcdCluster, etcd_cluster
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("etcd")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from demo.servers.s3 import BUCKET, make_bucket, s3_settings
+from demo.servers.swift import SwiftServer, swift_server
 from imaging.blobs.base import BlobStore
 from imaging.blobs.s3 import S3BlobStore
 from imaging.blobs.s3_bucket import S3Bucket, S3Settings
 from imaging.digests import Digest
-from tests.cluster.s3 import BUCKET, make_bucket, s3_settings
-from tests.cluster.swift import SwiftServer, swift_server
 from tests.contracts.blob_store import BlobStoreContract
 
 pytestmark = pytest.mark.backend("s3")

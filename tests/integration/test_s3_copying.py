@@ -8,6 +8,9 @@ from urllib.parse import quote
 import pytest
 from click.testing import CliRunner
 
+from demo.servers.etcd import etcd_cluster
+from demo.servers.s3 import BUCKET, make_bucket, s3_settings
+from demo.servers.swift import ACCESS_KEY, SECRET_KEY, swift_server
 from image_service.cli import cli
 from imaging.blobs.local import LocalBlobStore
 from imaging.blobs.s3 import S3BlobStore
@@ -15,9 +18,6 @@ from imaging.kv.base import Put
 from imaging.kv.etcd import EtcdKeyValue
 from imaging.kv.etcd_client import EtcdSettings
 from imaging.kv.sqlite import SqliteKeyValue
-from tests.cluster.etcd import etcd_cluster
-from tests.cluster.s3 import BUCKET, make_bucket, s3_settings
-from tests.cluster.swift import ACCESS_KEY, SECRET_KEY, swift_server
 from tests.contracts.blob_store import add, content, read
 
 pytestmark = pytest.mark.backend("etcd", "s3")

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import urllib3
 
+from demo.servers.s3 import BUCKET, make_bucket, s3_settings
+from demo.servers.swift import SwiftServer, swift_server
 from imaging.blobs.s3 import S3BlobStore
 from imaging.blobs.s3_bucket import S3Bucket, S3Settings
 from imaging.blobs.s3_ingest import PART_SIZE_MIN_BYTES, PartLimits, ingest_prefix
@@ -28,8 +30,6 @@ from imaging.errors import (
     TooLargeError,
     UnavailableError,
 )
-from tests.cluster.s3 import BUCKET, make_bucket, s3_settings
-from tests.cluster.swift import SwiftServer, swift_server
 from tests.contracts.blob_store import HOUR_S, add, content, read
 from tests.waiting import wait_until
 

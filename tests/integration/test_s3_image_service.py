@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from demo.servers.etcd import etcd_cluster
+from demo.servers.s3 import BUCKET, make_bucket, s3_settings
+from demo.servers.swift import ACCESS_KEY, SECRET_KEY, SwiftServer, swift_server
 from imaging.blobs.s3_bucket import S3Bucket
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import FETCHING, call, upload
 from tests.acceptance.test_image_service_wire import *  # noqa: F403  its tests run here, on the service below
 from tests.acceptance.test_image_service_wire import _open_put
-from tests.cluster.etcd import etcd_cluster
-from tests.cluster.s3 import BUCKET, make_bucket, s3_settings
-from tests.cluster.swift import ACCESS_KEY, SECRET_KEY, SwiftServer, swift_server
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("etcd", "s3")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.daemons import clean_environment, free_port
+from demo.servers.processes import free_port
+from tests.acceptance.daemons import clean_environment
 from tests.waiting import wait_until
 
 UNITS = ("mistify-agent-image", "mistify-image-service")

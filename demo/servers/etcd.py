@@ -9,14 +9,19 @@ from typing import Any
 
 import urllib3
 
-from tests.cluster.processes import ServerProcess, ensure_programs, free_port
-from tests.waiting import wait_until
+from demo.servers.processes import ServerProcess, ensure_programs, free_port, wait_until
 
 START_TIMEOUT_S = 90.0
+"""A cluster elects its first leader within two seconds; the rest is for a busy machine."""
+
+STATUS_TIMEOUT_S = 2.0
+"""A node that is there answers at once."""
 
 HEARTBEAT_MS = 100
+"""etcd's default: what users have."""
+
 ELECTION_MS = 1000
-"""etcd's defaults: what users have."""
+"""Likewise."""
 
 
 class EtcdNode:
@@ -28,9 +33,11 @@ class EtcdNode:
         self.url = url
 
     def status(self, pools: urllib3.PoolManager) -> dict[str, Any] | None:
-        """What the node says of itself, or None if it says nothing in time."""
+        """Return what the node says of itself, or None if it says nothing in time."""
         try:
-            answer = pools.request("POST", f"{self.url}/v3/maintenance/status", body=b"{}", timeout=2.0, retries=False)
+            answer = pools.request(
+                "POST", f"{self.url}/v3/maintenance/status", body=b"{}", timeout=STATUS_TIMEOUT_S, retries=False
+            )
         except urllib3.exceptions.HTTPError:
             return None
         return dict(answer.json()) if answer.status == 200 else None
@@ -45,10 +52,11 @@ class EtcdCluster:
 
     @property
     def endpoints(self) -> tuple[str, ...]:
+        """Where its nodes listen for clients."""
         return tuple(node.url for node in self.nodes)
 
     def leader(self) -> EtcdNode | None:
-        """The node that the nodes hold for their leader."""
+        """Return the node that the nodes hold for their leader."""
         for node in self.nodes:
             status = node.status(self._pools) if node.process.is_running else None
             if status and status.get("leader", "0") == status["header"]["member_id"]:
@@ -56,11 +64,12 @@ class EtcdCluster:
         return None
 
     def followers(self) -> list[EtcdNode]:
+        """Return every node but the leader."""
         leader = wait_until(self.leader, "a leader", timeout_s=START_TIMEOUT_S)
         return [node for node in self.nodes if node is not leader]
 
     def wait_healthy(self) -> None:
-        """Every node answers and knows a leader."""
+        """Wait until every node answers and knows a leader."""
 
         def healthy() -> bool:
             statuses = [node.status(self._pools) for node in self.nodes]

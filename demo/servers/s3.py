@@ -1,12 +1,12 @@
-"""Buckets of the S3 server under test."""
+"""Buckets of the S3 server on loopback."""
 
 from __future__ import annotations
 
 import boto3
 import botocore.config
 
+from demo.servers.swift import ACCESS_KEY, REGION, SECRET_KEY, SwiftServer
 from imaging.blobs.s3_bucket import S3Settings
-from tests.cluster.swift import ACCESS_KEY, REGION, SECRET_KEY, SwiftServer
 
 BUCKET = "images"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,21 +12,25 @@ from pathlib import Path
 
 import urllib3
 
-from tests.cluster.processes import ServerProcess, ensure_programs, free_port
-from tests.waiting import wait_until
+from demo.errors import DemoError
+from demo.servers.processes import ServerProcess, ensure_programs, free_port, path_with_sbin, wait_until
 
 START_TIMEOUT_S = 120.0
+"""Five Python programs start; the rest is for a busy machine."""
+
+TOOL_TIMEOUT_S = 120
+"""Of one call of the ring builder."""
 
 ACCESS_KEY = "test:tester"
-SECRET_KEY = "testing"
+SECRET_KEY = "testing"  # noqa: S105 - of a server on loopback that lives for a minute
 REGION = "us-east-1"
 
 KINDS = ("account", "container", "object")
 
 _SWIFT_CONF = """
 [swift-hash]
-swift_hash_path_prefix = tests
-swift_hash_path_suffix = tests
+swift_hash_path_prefix = loopback
+swift_hash_path_suffix = loopback
 
 [storage-policy:0]
 name = only
@@ -105,16 +110,17 @@ class SwiftServer:
 
     @property
     def proxy(self) -> ServerProcess:
-        """The process clients speak to."""
+        """Return the process clients speak to."""
         return self.processes["proxy"]
 
     def wait_ready(self) -> None:
-        """The S3 API answers."""
+        """Wait until the S3 API answers; DemoError if one of the processes has ended."""
         pools = urllib3.PoolManager(retries=False)
 
         def ready() -> bool:
             for kind, process in self.processes.items():
-                assert process.is_running, f"swift's {kind} server ended: {process.log()}"
+                if not process.is_running:
+                    raise DemoError(f"swift's {kind} server ended: {process.log()}")
             try:
                 return pools.request("GET", f"{self.endpoint}/healthcheck", timeout=5.0).status == 200
             except urllib3.exceptions.HTTPError:
@@ -131,7 +137,14 @@ def _build_ring(directory: Path, kind: str, port: int) -> None:
         ["add", f"r1z1-127.0.0.1:{port}/disk", "1"],
         ["rebalance"],
     ):
-        subprocess.run(["swift-ring-builder", builder, *arguments], check=True, capture_output=True, timeout=120)
+        command = ["swift-ring-builder", builder, *arguments]
+        subprocess.run(  # noqa: S603 - arguments of our own making
+            command,
+            check=True,
+            capture_output=True,
+            timeout=TOOL_TIMEOUT_S,
+            env=os.environ | {"PATH": path_with_sbin()},
+        )
 
 
 def _storage(directory: Path, kind: str) -> ServerProcess:
