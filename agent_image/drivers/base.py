@@ -241,12 +241,23 @@ class StorageDriver(Protocol):
     def open_snapshot(self, name: SnapshotName) -> AbstractContextManager[int]:
         """A volume snapshot's bytes as a read-only file descriptor."""
 
-    def send(self, name: SnapshotName, fd: int, *, base: str | None = None, flags: SendFlags = SendFlags()) -> None:
+    def send(
+        self,
+        name: SnapshotName,
+        fd: int,
+        *,
+        base: str | None = None,
+        flags: SendFlags = SendFlags(),
+        resume_token: str | None = None,
+    ) -> None:
         """Write a send stream to a blocking descriptor; the snapshot is held meanwhile.
 
         ``base``: a snapshot or bookmark part (``s0``, ``#b0``) of the same dataset, or a full snapshot name (the origin
         of a clone). It must be one the snapshot grew out of (InvalidArgumentError). UnavailableError if the reader goes away.
         UnsupportedError if a bookmark's snapshot is gone and the driver cannot do without its bytes.
+
+        ``resume_token``: send only the rest of a stream that broke off, from where the token of its receiver says. The token
+        names base and flags too (InvalidArgumentError if they are given besides). ConflictError: it is of another snapshot.
         """
 
     def receive(

@@ -15,6 +15,7 @@ from agent_image.drivers.file_pool import refuse_busy
 from agent_image.drivers.file_properties import with_properties
 from agent_image.drivers.file_records import Change, DatasetRecord, SnapshotRecord, new_id
 from agent_image.drivers.file_snapshots import FileSnapshots
+from agent_image.drivers.resuming import flags_of, token_for
 from imaging import files
 from imaging.errors import (
     AlreadyExistsError,
@@ -28,7 +29,8 @@ from imaging.errors import (
 )
 from imaging.names import SnapshotName
 from imaging.sendstream.reader import StreamReader
-from imaging.sendstream.records import BLOCK_SMALL_MAX_BYTES, Begin, HeaderType, RecordType
+from imaging.sendstream.records import BLOCK_SMALL_MAX_BYTES, DATA_OBJECT, Begin, HeaderType, RecordType
+from imaging.sendstream.resume import ResumeToken
 from imaging.sendstream.volume import BlockCompression, OlderImage, StreamHeader, VolumeState, apply_stream, make_stream
 
 PEEK_BYTES = 64 << 10
@@ -68,24 +70,55 @@ class _Plan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _SendPlan:
+    """What a send has to say."""
+
+    base: SnapshotRecord | None
+    flags: SendFlags
+    resume_offset: int | None = None
+
+
 class FileStreams(FileSnapshots):
     """Adds ``send`` and ``receive``."""
 
     # -- send --------------------------------------------------------------------------------------------------------
 
-    def send(self, name: SnapshotName, fd: int, *, base: str | None = None, flags: SendFlags = SendFlags()) -> None:  # noqa: B008 -- frozen
+    def send(
+        self,
+        name: SnapshotName,
+        fd: int,
+        *,
+        base: str | None = None,
+        flags: SendFlags = SendFlags(),  # noqa: B008 -- frozen
+        resume_token: str | None = None,
+    ) -> None:
         """Write a send stream to a blocking descriptor."""
         with ExitStack() as opened:
-            with self._locked():
+            with self._locked() as catalog:
                 snapshot = self._volume_snapshot(name)
-                older = self._base_of(name, snapshot, base) if base is not None else None
+                if resume_token is None:
+                    plan = _SendPlan(self._base_of(name, snapshot, base) if base is not None else None, flags)
+                else:
+                    sent = catalog.snapshot_info(snapshot)
+                    plan = self._resume(snapshot, token_for(resume_token, sent, base=base, flags=flags))
                 image = self._open_pinned(snapshot, opened)
-                old_image = self._open_pinned(older, opened) if older is not None else None
-            header = _header(name, snapshot, older, flags)
-            old = OlderImage(old_image, older.volsize_bytes) if older is not None and old_image is not None else None
+                old_image = self._open_pinned(plan.base, opened) if plan.base is not None else None
+            header = _header(name, snapshot, plan.base, plan.flags)
+            old = None if plan.base is None or old_image is None else OlderImage(old_image, plan.base.volsize_bytes)
+            _check_place(plan.resume_offset, snapshot.volsize_bytes, header.volblocksize_bytes)
+            pieces = make_stream(image, snapshot.volsize_bytes, header, older=old, resume_offset=plan.resume_offset)
             with files.os_errors(f"cannot send {name}"):
-                for piece in make_stream(image, snapshot.volsize_bytes, header, older=old):
+                for piece in pieces:
                     _write_all(fd, piece)
+
+    def _resume(self, snapshot: SnapshotRecord, token: ResumeToken) -> _SendPlan:
+        if token.object != DATA_OBJECT:
+            raise UnsupportedError(f"nearly all of {token.toname} has arrived: send the whole of it again")
+        older = next((each for each in self._ancestry(snapshot) if each.guid == token.fromguid), None)
+        if token.fromguid and older is None:
+            raise NotFoundError(f"the base of {token.toname} with guid {token.fromguid} is gone")
+        return _SendPlan(older, flags_of(token), token.offset)
 
     def _open_pinned(self, snapshot: SnapshotRecord, opened: ExitStack) -> int:
         opened.enter_context(self._pinned(snapshot))
@@ -338,6 +371,12 @@ class _Metered:
             if files.allocated_bytes(self._fd) > self._plan.room_bytes:
                 raise NoSpaceError(f"cannot receive {self._plan.target}: no space left on device")
         return piece
+
+
+def _check_place(offset: int | None, size_bytes: int, block_bytes: int) -> None:
+    """Where a stream goes on is a block of the volume, or its end."""
+    if offset is not None and not (0 <= offset <= size_bytes and offset % block_bytes == 0):
+        raise InvalidArgumentError(f"the resume token goes on at byte {offset}, where the volume has no block")
 
 
 def _header(

@@ -33,7 +33,15 @@ class OneSnapshot:
     async def find_snapshot(self, _wire_id: str) -> SnapshotInfo:
         return SnapshotInfo(NAME, 1, 1, 1, 512)
 
-    def send(self, _name: SnapshotName, fd: int, *, base: str | None = None, flags: SendFlags | None = None) -> None:
+    def send(
+        self,
+        _name: SnapshotName,
+        fd: int,
+        *,
+        base: str | None = None,
+        flags: SendFlags | None = None,
+        resume_token: str | None = None,
+    ) -> None:
         for piece in self.pieces:
             if isinstance(piece, Exception):
                 raise piece

@@ -142,10 +142,27 @@ class Lzc:
         with self._translated(Operation.DESTROY, names[0]):
             self._library.lzc_destroy_bookmarks([name.encode() for name in names])
 
-    def send(self, name: str, base: str | None, fd: int, flags: Sequence[str]) -> None:
-        """Write a stream to a blocking descriptor."""
+    def bookmark_guids(self, name: str) -> dict[str, int]:
+        """The dataset's bookmarks (the part after ``#``) with the guid of what they remember."""
+        with self._translated(Operation.READ, name):
+            found = self._library.lzc_get_bookmarks(name.encode(), [b"guid"])
+        return {mark: values[b"guid"][b"value"] & GUID_MASK for mark, values in _by_text(found).items()}
+
+    def send(
+        self, name: str, base: str | None, fd: int, flags: Sequence[str], *, resume: tuple[int, int] | None = None
+    ) -> None:
+        """Write a stream to a blocking descriptor; with ``resume`` (object, offset) only what comes from there on."""
+        source = base.encode() if base else None
         with self._translated(Operation.SEND, name, base or ""):
-            self._library.lzc_send(name.encode(), base.encode() if base else None, fd, list(flags))
+            if resume is None:
+                self._library.lzc_send(name.encode(), source, fd, list(flags))
+            else:
+                self._library.lzc_send_resume(name.encode(), source, fd, list(flags), *resume)
+
+    def check_send(self, name: str, base: str | None, flags: Sequence[str]) -> None:
+        """Raise what a send would raise before its first byte."""
+        with self._translated(Operation.SEND, name, base or ""):
+            self._library.lzc_send_space(name.encode(), base.encode() if base else None, list(flags))
 
     def receive(self, name: str, fd: int, *, origin: str | None, properties: Values) -> None:
         """Receive the stream read from ``fd``; sets ``properties`` on a dataset it creates."""

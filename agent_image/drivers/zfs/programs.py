@@ -63,6 +63,21 @@ end
 )
 """User properties and readonly, as far as they were set on the dataset itself."""
 
+NATIVE_PROPERTIES = (
+    """
+function one(name)
+  local e = {}
+  for _, key in ipairs({"compression", "readonly", "refreservation"}) do
+    local value, source = zfs.get_prop(name, key)
+    if source == name or source == "$recvd" or source == "received" then e[key] = value end
+  end
+  return e
+end
+"""
+    + _LOOP
+)
+"""What a package tells of a volume besides its user properties, as far as it was set on the volume itself."""
+
 DESCRIBE = (
     _PROPERTIES
     + """

@@ -11,11 +11,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, Readable, SendFlags, SnapshotInfo
+from agent_image.drivers.resuming import flags_of, token_for
+from agent_image.drivers.zfs import programs
 from agent_image.drivers.zfs.core import user_properties
 from agent_image.drivers.zfs.datasets import SEND_TAG_PREFIX
 from agent_image.drivers.zfs.firewall import PIPE_BYTES, PeekedSource, pour
 from agent_image.drivers.zfs.hidden import MARK, Purpose, is_ours, new_name
 from agent_image.drivers.zfs.ownership import open_zfs_device
+from agent_image.drivers.zfs.packages import head_of
 from agent_image.drivers.zfs.properties import Changes, check
 from agent_image.drivers.zfs.snapshots import ZfsSnapshots
 from imaging.errors import (
@@ -24,9 +27,12 @@ from imaging.errors import (
     InvalidArgumentError,
     MistifyError,
     NotFoundError,
+    UnavailableError,
     WrongKindError,
 )
 from imaging.names import DatasetName, SnapshotName, is_snapshot_part
+from imaging.sendstream.package import package_end
+from imaging.sendstream.resume import ResumeToken
 from imaging.sendstream.state import VolumeState
 
 TAG_BYTES = 8
@@ -40,14 +46,58 @@ class ZfsStreams(ZfsSnapshots):
 
     # -- send --------------------------------------------------------------------------------------------------------
 
-    def send(self, name: SnapshotName, fd: int, *, base: str | None = None, flags: SendFlags = PLAIN) -> None:
+    def send(
+        self,
+        name: SnapshotName,
+        fd: int,
+        *,
+        base: str | None = None,
+        flags: SendFlags = PLAIN,
+        resume_token: str | None = None,
+    ) -> None:
         """Let the kernel write a stream to ``fd``; the snapshots it reads are held until it ends."""
-        self.get_snapshot(name)
+        sent = self.get_snapshot(name)
         _check_blocking(fd)
+        if resume_token is not None:
+            self._send_rest(sent, fd, token_for(resume_token, sent, base=base, flags=flags))
+            return
         source = None if base is None else self._base_name(name, base)
-        held = [name] if source is None or "#" in source else [name, SnapshotName.parse(source)]
-        with self._held(held), _writable_by_kernel(fd) as target:
-            self._lzc.send(str(name), source, target, _kernel_flags(flags))
+        with self._held(name, source), _writable_by_kernel(fd) as target:
+            if flags.properties:
+                self._send_package(sent, source, target, _kernel_flags(flags))
+            else:
+                self._lzc.send(str(name), source, target, _kernel_flags(flags))
+
+    def _send_rest(self, sent: SnapshotInfo, fd: int, token: ResumeToken) -> None:
+        """What comes from the token's place on; of a package the stream alone, as the zfs program does."""
+        source = self._base_of_guid(sent.name, token.fromguid) if token.fromguid else None
+        with self._held(sent.name, source), _writable_by_kernel(fd) as target:
+            place = (token.object, token.offset)
+            self._lzc.send(str(sent.name), source, target, _kernel_flags(flags_of(token)), resume=place)
+
+    def _send_package(self, sent: SnapshotInfo, source: str | None, target: int, flags: Sequence[str]) -> None:
+        """The stream with its properties around it. What the kernel would refuse is found out before the first byte."""
+        self._lzc.check_send(str(sent.name), source, flags)
+        dataset = self.get(sent.name.dataset)
+        native = self._lzc.program(programs.NATIVE_PROPERTIES, [str(dataset.name)]).get(str(dataset.name).encode(), {})
+        origin_guid = 0 if dataset.origin is None else self.get_snapshot(dataset.origin).guid
+        head = head_of(sent, dataset, native, base=source, origin_guid=origin_guid)
+        _write_all(target, head, sent.name)
+        self._lzc.send(str(sent.name), source, target, flags)
+        _write_all(target, package_end(), sent.name)
+
+    def _base_of_guid(self, name: SnapshotName, guid: int) -> str:
+        """The snapshot or bookmark with this guid that ``name`` may have grown out of."""
+        dataset: DatasetName | None = name.dataset
+        while dataset is not None:
+            found = [str(entry.name) for entry in self._index.snapshots(dataset) if entry.guid == guid]
+            marks = [] if found else self._lzc.bookmark_guids(str(dataset)).items()
+            found += [f"{dataset}#{mark}" for mark, marked_guid in marks if marked_guid == guid]
+            if found:
+                return found[0]
+            info = self._index.find(dataset)
+            dataset = None if info is None or info.origin is None else info.origin.dataset
+        raise NotFoundError(f"the base of {name} with guid {guid} is gone")
 
     def _base_name(self, name: SnapshotName, base: str) -> str:
         """The full name of a base; a snapshot must be there."""
@@ -57,17 +107,18 @@ class ZfsStreams(ZfsSnapshots):
         return str(self.get_snapshot(snapshot).name)
 
     @contextlib.contextmanager
-    def _held(self, names: Sequence[SnapshotName]) -> Iterator[None]:
-        """Hold snapshots for the block. The kernel lets go when the descriptor is closed, be it by our death."""
+    def _held(self, name: SnapshotName, source: str | None) -> Iterator[None]:
+        """Hold what a send reads for the block. The kernel lets go when the descriptor is closed, be it by our death."""
+        names = [name] if source is None or "#" in source else [name, SnapshotName.parse(source)]
         cleanup_fd = open_zfs_device()
         try:
-            for name in names:
-                self._lzc.hold(str(name), f"{SEND_TAG_PREFIX}{secrets.token_hex(TAG_BYTES)}", cleanup_fd)
+            for held in names:
+                self._lzc.hold(str(held), f"{SEND_TAG_PREFIX}{secrets.token_hex(TAG_BYTES)}", cleanup_fd)
             yield
         finally:
             os.close(cleanup_fd)
-            for name in names:
-                self._settle(name)
+            for held in names:
+                self._settle(held)
 
     # -- receive -----------------------------------------------------------------------------------------------------
 
@@ -213,7 +264,7 @@ def _placeholder(name: DatasetName, origin: SnapshotName | None) -> DatasetInfo:
 
 
 def _kernel_flags(flags: SendFlags) -> list[str]:
-    """Pyzfs's words; properties travel only in packages, which the kernel does not make."""
+    """Pyzfs's words; properties are around the stream, not in it."""
     wanted = {
         "compress": flags.compressed,
         "large_blocks": flags.large_blocks,
@@ -247,6 +298,15 @@ def _writable_by_kernel(fd: int) -> Iterator[int]:
     finally:
         os.close(write_end)
         copier.join()
+
+
+def _write_all(fd: int, data: bytes, name: SnapshotName) -> None:
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as err:
+        raise UnavailableError(f"the reader of {name} went away") from err
 
 
 def _drain(read_end: int, target: int) -> None:

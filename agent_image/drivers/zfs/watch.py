@@ -34,6 +34,8 @@ RESTART_INTERVAL_S = 5.0
 STOP_TIMEOUT_S = 10.0
 CLOCK_SLACK_S = 2
 """Events carry whole seconds."""
+MISSED = Event("dropped")
+"""What the kernel's own notice of lost events says."""
 GONE = frozenset({"sysevent.fs.zfs.pool_export", "sysevent.fs.zfs.pool_destroy"})
 BACK = frozenset({"sysevent.fs.zfs.pool_import", "sysevent.fs.zfs.pool_create"})
 
@@ -48,7 +50,7 @@ class Watch:
         self._pool = pool
         self._index = index
         self._wake = threading.Condition()
-        self._looks: list[Look] = []
+        self._events: list[Event] = []
         self._stopping = threading.Event()
         self._follower: subprocess.Popen[str] | None = None
         self._threads: list[threading.Thread] = []
@@ -118,20 +120,15 @@ class Watch:
                 return
             log.warning("zpool_events_restarted", extra={"pool": str(self._pool), "status": follower.returncode})
             self._follow()
-            self._add(EVERYTHING)
+            self._take(MISSED)
 
     def _take(self, event: Event) -> None:
         if event.time_s < self._begin_s and event.kind != "dropped":
             return
         if event.kind in GONE:
             self.is_pool_there = False
-        look = EVERYTHING if event.kind in BACK else look_for(event, self._index)
-        if look != Look():
-            self._add(look)
-
-    def _add(self, look: Look) -> None:
         with self._wake:
-            self._looks.append(look)
+            self._events.append(event)
             self._wake.notify_all()
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -139,24 +136,23 @@ class Watch:
     def _look_at_changes(self) -> None:
         while not self._stopping.is_set():
             with self._wake:
-                if not self._looks:
+                if not self._events:
                     self._wake.wait(TICK_S)
             self._stopping.wait(TICK_S)
             with self._wake:
-                looks, self._looks = self._looks, []
+                events, self._events = self._events, []
             try:
-                self._work(looks)
+                self._work(events)
             except MistifyError:
                 log.warning("zfs_index_refresh_failed", extra={"pool": str(self._pool)}, exc_info=True)
                 self._compared_s = 0.0
 
-    def _work(self, looks: list[Look]) -> None:
-        if not self.is_pool_there:
-            if not self._lzc.exists(str(self._pool)):
-                return
-            looks = [EVERYTHING]
-        looks = [*looks, *self._changed_sizes()]
-        if any(look.everything for look in looks) or self._is_compare_due():
+    def _work(self, events: list[Event]) -> None:
+        """Events of our own calls come before the calls return, so they are judged only now, when the index has the outcome."""
+        if not self.is_pool_there and not self._lzc.exists(str(self._pool)):
+            return
+        looks = [self._look_for(event) for event in events] + self._changed_sizes()
+        if not self.is_pool_there or any(look.everything for look in looks) or self._is_compare_due():
             self.compare()
             self.is_pool_there = True
             return
@@ -168,6 +164,9 @@ class Watch:
             self._look_at_dataset(dataset)
         for snapshot in {name for look in looks for name in look.snapshots}:
             self._look_at_snapshot(snapshot)
+
+    def _look_for(self, event: Event) -> Look:
+        return EVERYTHING if event.kind in BACK else look_for(event, self._index)
 
     def _is_compare_due(self) -> bool:
         interval_s = max(COMPARE_INTERVAL_S, self._compare_cost_s / COMPARE_SHARE_MAX)
