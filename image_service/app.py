@@ -113,7 +113,12 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         images.add_to(app)
         upkeep.add_to(app)
         TusEndpoints(
-            uploads, service, pools, images.body, size_max_bytes=admission.size_max_bytes, directory=_directory(config)
+            uploads,
+            service,
+            pools,
+            images.bodies.pieces,
+            size_max_bytes=admission.size_max_bytes,
+            directory=_directory(config),
         ).add_to(app)
         BlobEndpoints(collector, blobs, pools).add_to(app)
         catalog = Catalog(await pools.data(CatalogBuilder, records, blobs, config.catalog), pools)

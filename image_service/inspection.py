@@ -72,51 +72,61 @@ class Inspection:
         self._type = image_type
         self._limits = limits
         self._source = _Pushed()
+        self._compression = Compression.NONE
         self._reader: DecompressingReader | None = None
+        """Of packed bytes; what is not packed goes its way without a copy."""
         self._content: _Content | None = None
         self._head = bytearray()
         self.fed_bytes = 0
         """Stored bytes seen so far: whoever goes on must go on here."""
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """The next stored bytes."""
+        """The next stored bytes; they may change once this has returned."""
         self.fed_bytes += len(data)
-        if self._reader is None:
+        if self._content is None:
             self._head += data
             if len(self._head) < HEAD_BYTES:
                 return
             data = self._start()
-        self._source.push(data)
         with judged():
-            self._pull()
+            self._pass_on(data)
 
     def _start(self) -> bytes:
         """The compression shows; what was held back begins the reading."""
         head, self._head = bytes(self._head), bytearray()
-        packing = sniff(head)
-        self._content = _Content(self._type, self._limits, hash_plain=packing is not Compression.NONE)
-        self._reader = DecompressingReader(self._source, packing, limits=self._limits.decompression())
+        self._compression = sniff(head)
+        packed = self._compression is not Compression.NONE
+        self._content = _Content(self._type, self._limits, hash_plain=packed)
+        if packed:
+            self._reader = DecompressingReader(self._source, self._compression, limits=self._limits.decompression())
         return head
 
-    def _pull(self) -> None:
-        assert self._reader is not None
+    def _pass_on(self, data: bytes | bytearray | memoryview) -> None:
         assert self._content is not None
+        if self._reader is None:
+            self._content.feed(data)
+            return
+        self._source.push(data)
+        self._pull(self._reader, self._content)
+
+    @staticmethod
+    def _pull(reader: DecompressingReader, content: _Content) -> None:
         try:
-            while piece := self._reader.read(OUTPUT_BYTES):
-                self._content.feed(piece)
+            while piece := reader.read(OUTPUT_BYTES):
+                content.feed(piece)
         except _StarvedError:
             return
 
     def finish(self, stored: Digest) -> Facts:
         """The bytes have ended, and ``stored`` is their sha256; what they are."""
-        if self._reader is None:
-            self._source.push(self._start())
-        assert self._reader is not None
-        assert self._content is not None
-        self._source.ended = True
         with judged():
-            self._pull()
-            return self._content.finish(self._reader.compression, stored)
+            if self._content is None:
+                self._pass_on(self._start())
+            assert self._content is not None
+            if self._reader is not None:
+                self._source.ended = True
+                self._pull(self._reader, self._content)
+            return self._content.finish(self._compression, stored)
 
 
 class judged:  # noqa: N801 - reads as a word in the with statement
@@ -143,7 +153,7 @@ class _Content:
         self._validator: StreamValidator | None = None
         self._volume = VolumeContent(limits.digest_size_max_bytes)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
         self._hasher.update(data)
         if self._hasher.size_bytes > self._limits.unpacked_size_max_bytes:
             raise TooLargeError(f"image is larger than {self._limits.unpacked_size_max_bytes} bytes")
@@ -167,10 +177,10 @@ class _Content:
             parse_header(head[:HEADER_MAX_BYTES], FILE_MAX_BYTES)
         return head
 
-    def _pass_on(self, data: bytes) -> None:
+    def _pass_on(self, data: bytes | bytearray | memoryview) -> None:
         if self._validator is None:
             return
-        self._validator.verify(data)
+        self._validator.verify(bytes(data))  # it keeps parts of them, which must not change
         if self._validator.summaries:
             _check_full(self._validator.summaries[0].fromguid)
             _check_summary(self._validator.summaries[-1])

@@ -16,6 +16,7 @@ from datetime import datetime
 
 import msgspec
 
+from image_service.bodies import Piece
 from image_service.collector import Collector, fetch_ref, upload_ref
 from image_service.facts import Facts
 from image_service.importer import Importer, utc_now
@@ -210,7 +211,7 @@ class ImageService:
     async def upload(
         self,
         image_type: ImageType,
-        chunks: AsyncIterator[bytes],
+        chunks: AsyncIterator[Piece],
         *,
         length_bytes: int = UNKNOWN_SIZE,
         details: Details = Details(),  # noqa: B008 - immutable

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import hmac
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from email.utils import formatdate
 from pathlib import Path
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from image_service.bodies import Piece
 from image_service.facts import ImageFormat
 from image_service.lifecycle import UNKNOWN_SIZE, Details, Expected, ImageType
 from image_service.said import parse_size
@@ -45,7 +47,7 @@ CHECKED_MEMORY_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 """Read at once from such a file."""
 
-Body = Callable[[web.Request], AsyncIterator[bytes]]
+Body = Callable[[web.Request], AsyncGenerator[Piece, None]]
 
 
 class TusEndpoints:
@@ -172,16 +174,23 @@ class TusEndpoints:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _take(self, request: web.Request, upload_id: str, offset: int) -> tuple[Upload, int]:
-        said = request.headers.get("Upload-Checksum")
-        if said is None:
-            return await self._uploads.append(upload_id, offset, self._body(request))
+        async with contextlib.aclosing(self._body(request)) as pieces:
+            said = request.headers.get("Upload-Checksum")
+            if said is None:
+                return await self._uploads.append(upload_id, offset, pieces)
+            return await self._take_checked(upload_id, offset, pieces, said)
+
+    async def _take_checked(
+        self, upload_id: str, offset: int, pieces: AsyncIterator[Piece], said: str
+    ) -> tuple[Upload, int]:
+        """Nothing of a part is handed on before all of it was found right."""
         algorithm, wanted = parse_checksum(said)
         with os_errors("cannot make a temporary file"):
             file = tempfile.SpooledTemporaryFile(CHECKED_MEMORY_BYTES, dir=self._directory)  # noqa: SIM115 - closed below
         try:
             hasher, buffer = hashlib.new(algorithm), bytearray()
-            async for chunk in self._body(request):
-                buffer += chunk
+            async for piece in pieces:
+                buffer += piece
                 if len(buffer) >= PIECE_BYTES:
                     await self._pools.data(_put, file, hasher, buffer)
                     buffer = bytearray()

@@ -22,6 +22,7 @@ from datetime import datetime
 import msgspec
 
 from image_service.admission import Reservation
+from image_service.bodies import Piece
 from image_service.collector import TUS_PREFIX, Collector
 from image_service.facts import Facts
 from image_service.importer import utc_now
@@ -239,7 +240,7 @@ class Uploads:
                     await self._finish(session)
         return session.upload, session.offset_bytes
 
-    async def append(self, upload_id: str, offset_bytes: int, chunks: AsyncIterator[bytes]) -> tuple[Upload, int]:
+    async def append(self, upload_id: str, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
         """Add a part; the new offset, durable. With the last byte the upload has become an image when the call returns.
 
         ConflictError if it does not begin where the upload ends, BusyError if another part is being written, BadDataError and
@@ -289,7 +290,7 @@ class Uploads:
         if len(idle) >= self._limits.open_max:
             await self._shut(min(idle, key=lambda one: one.used_s))
 
-    async def _take(self, session: _Session, chunks: AsyncIterator[bytes]) -> None:
+    async def _take(self, session: _Session, chunks: AsyncIterator[Piece]) -> None:
         assert session.spool is not None
         try:
             async for chunk in chunks:

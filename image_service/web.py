@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
 from aiohttp import hdrs, web
-from aiohttp.http_exceptions import HttpProcessingError
 
+from image_service.bodies import Bodies
 from image_service.derive_web import DerivedEndpoints
 from image_service.lifecycle import UNKNOWN_SIZE, Image, ImageType
 from image_service.said import (
@@ -32,7 +32,7 @@ from image_service.service import ImageService
 from image_service.serving import send_blob
 from image_service.spool import Pools
 from imaging.blobs.base import BlobStore
-from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError, UnavailableError
+from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError
 from imaging.names import ImageId
 from rpc.messages import ZERO_TIME, FetchRequest, ImageRecord, from_wire
 
@@ -140,10 +140,12 @@ class ImageEndpoints:
         self._derived = derived
         self._blobs = blobs
         self._pools = pools
-        self._limits = limits
+        self.bodies = Bodies(limits.upload_stall_timeout_s)
+        """Request bodies, for uploads of every kind."""
 
     def add_to(self, app: web.Application) -> None:
         """Route requests here."""
+        self.bodies.add_to(app)
         router = app.router
         router.add_get("/images", self.list)
         router.add_post("/images", self.create)
@@ -180,31 +182,15 @@ class ImageEndpoints:
         """PUT /images."""
         image_type = ImageType.parse(request.headers.get(TYPE_HEADER), f"invalid {TYPE_HEADER} header")
         length = request.content_length
-        image = await self._service.upload(
-            image_type,
-            self.body(request),
-            length_bytes=UNKNOWN_SIZE if length is None else length,
-            details=details_of_headers(request.headers),
-            expected=expected_of(request.headers),
-        )
+        async with contextlib.aclosing(self.bodies.pieces(request)) as pieces:
+            image = await self._service.upload(
+                image_type,
+                pieces,
+                length_bytes=UNKNOWN_SIZE if length is None else length,
+                details=details_of_headers(request.headers),
+                expected=expected_of(request.headers),
+            )
         return _json(200, to_record(image))
-
-    async def body(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The request's body as it comes in; an error if it stops coming or the client goes away."""
-        if request.headers.get(hdrs.EXPECT, "").lower() == "100-continue" and request.transport is not None:
-            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        stall_s = self._limits.upload_stall_timeout_s
-        while True:
-            try:
-                async with asyncio.timeout(stall_s):
-                    chunk = await request.content.readany()
-            except TimeoutError as err:
-                raise web.HTTPRequestTimeout(reason=f"No byte of the upload for {stall_s:g} s") from err
-            except (OSError, web.PayloadAccessError, web.RequestPayloadError, HttpProcessingError) as err:
-                raise UnavailableError("the client went away during the upload") from err
-            if not chunk and request.content.at_eof():
-                return
-            yield chunk
 
     async def get(self, request: web.Request) -> web.Response:
         """GET /images/{id}; with ``Prefer: wait=SECONDS`` when it is complete or has failed, or that time is over."""
@@ -252,7 +238,7 @@ class ImageEndpoints:
 
 
 async def _expect_nothing_yet(request: web.Request) -> web.StreamResponse | None:
-    """``100 Continue`` is sent when the upload has been admitted (:meth:`ImageEndpoints.body`), so that a refused one is never sent."""
+    """``100 Continue`` is sent when the upload has been admitted (:meth:`Bodies.pieces`), so that a refused one is never sent."""
     expectation = request.headers.get(hdrs.EXPECT, "")
     if expectation.lower() == "100-continue":
         return None
