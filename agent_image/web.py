@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import HttpVersion11, web
 
-from agent_image.drivers.base import StorageDriver
+from agent_image.drivers.base import SendFlags, StorageDriver
 from agent_image.store import ImageStore
 from agent_image.web_splice import Splicer, make_pipe
 from imaging.errors import InvalidArgumentError, MistifyError, UnavailableError
 from imaging.names import SnapshotName
 from imaging.threads import Offload
-from rpc.messages import SnapshotRequest, from_wire
+from rpc.messages import DownloadRequest, from_wire
 from rpc.rest import render_text_error, respond_to_error
 
 PATH = "/snapshots/download"
@@ -31,6 +33,16 @@ FIRST_PIECE_BYTES = 64 << 10
 """What is read before the status is sent, so that a send that can't start is a proper error."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What is to be sent."""
+
+    name: SnapshotName
+    base: str | None
+    flags: SendFlags
+    resume_token: str | None
 
 
 class SnapshotDownloads:
@@ -52,7 +64,7 @@ class SnapshotDownloads:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request of any HTTP method."""
         try:
-            name = (await self._store.find_snapshot(await _wanted(request))).name
+            download = await self._wanted(await _read(request))
             if request.method == "HEAD":
                 return web.Response(headers={"Content-Type": "application/octet-stream"})
             if self._active >= DOWNLOADS_MAX:
@@ -61,18 +73,26 @@ class SnapshotDownloads:
             return respond_to_error(err, render_text_error)
         self._active += 1
         try:
-            return await self._download(request, name)
+            return await self._download(request, download)
         finally:
             self._active -= 1
 
-    async def _download(self, request: web.Request, name: SnapshotName) -> web.StreamResponse:
+    async def _wanted(self, message: DownloadRequest) -> Download:
+        """What the request asks for, its names parsed."""
+        name, base = (await self._store.find_snapshot(message.id)).name, message.base or None
+        if base is not None and base[0] not in "@#":
+            base = str((await self._store.find_snapshot(base)).name)
+        flags = SendFlags(**{flag.name: getattr(message, flag.name) for flag in dataclasses.fields(SendFlags)})
+        return Download(name, base and base.removeprefix("@"), flags, message.resume_token or None)
+
+    async def _download(self, request: web.Request, download: Download) -> web.StreamResponse:
         read_fd, write_fd = make_pipe()
-        producer = asyncio.ensure_future(self._producers(self._produce, name, write_fd))
+        producer = asyncio.ensure_future(self._producers(self._produce, download, write_fd))
         try:
             first = await self._movers(os.read, read_fd, FIRST_PIECE_BYTES)
             if not first:
                 await producer  # raises what kept it from starting
-                raise UnavailableError(f"the stream of {name} is empty")
+                raise UnavailableError(f"the stream of {download.name} is empty")
             response = await self._begin(request, first)
             await self._move(request, response, read_fd, producer)
         except MistifyError as err:
@@ -85,9 +105,11 @@ class SnapshotDownloads:
                 producer.exception()  # seen: it was raised above, or is the EPIPE
         return response
 
-    def _produce(self, name: SnapshotName, write_fd: int) -> None:
+    def _produce(self, download: Download, write_fd: int) -> None:
         try:
-            self._driver.send(name, write_fd)
+            self._driver.send(
+                download.name, write_fd, base=download.base, flags=download.flags, resume_token=download.resume_token
+            )
         finally:
             os.close(write_fd)
 
@@ -144,17 +166,22 @@ def _duplicate(request: web.Request) -> Any:
         yield client
 
 
-async def _wanted(request: web.Request) -> str:
-    """The id in the query or in the JSON body; InvalidArgumentError for a body that is none."""
+async def _read(request: web.Request) -> DownloadRequest:
+    """The query, or the JSON body; InvalidArgumentError for one that is none."""
     if "id" in request.query:
-        return request.query["id"]
+        return from_wire(DownloadRequest, {name: _value(text) for name, text in request.query.items()})
     body = await request.read()
     if not body.strip():
-        return ""
+        return DownloadRequest()
     try:
         value, _ = json.JSONDecoder().raw_decode(body.decode().lstrip())
     except (ValueError, RecursionError) as err:
         raise InvalidArgumentError("the request is not valid JSON") from err
     if not isinstance(value, dict | None):
         raise InvalidArgumentError("the request is not a JSON object")
-    return from_wire(SnapshotRequest, value).id
+    return from_wire(DownloadRequest, value)
+
+
+def _value(text: str) -> str | bool:
+    """A query has text only; no name of a snapshot is one of these words, as each has an ``@``."""
+    return {"true": True, "false": False}.get(text, text)

@@ -1,35 +1,45 @@
 """The zfs driver beside the zfs program called once per request, on the pool of the lab.
 
-    tests/lab/zfs-vm -- .venv/bin/python -m bench.zfs [--volumes N] [--snapshots N]
+    make bench-zfs
+    tests/lab/zfs-vm --udev light -- .venv/bin/python -m bench.zfs [--volumes N] [--snapshots N]
 
-Answers of the agent are asked over its socket; snapshots and clones are made through the driver. Both sides take turns in one run.
+Answers of the agent are asked over its socket; snapshots, clones and streams go through the driver. Both sides take turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent_image.drivers.zfs import ZfsDriver
 from bench import harness
-from bench.harness import Report, compare
-from imaging.names import DatasetName, PoolName
+from bench.harness import Figure, Report, Row, compare
+from imaging.names import PoolName, SnapshotName
 from tests.acceptance.daemons import Agent, start_agent
+from tests.waiting import wait_until
 
 VOLUMES = 2_000
 SNAPSHOTS = 10_000
 SNAPSHOTS_OF_ONE = 10
 VOLUME_BYTES = 1 << 20
+STREAM_BYTES = 128 << 20
 PROGRAM_TIMEOUT_S = 3600
-CALL_TIMEOUT_S = 3600.0
 AT_LEAST_S = 1.0
 """A turn repeats a quick call for that long."""
-MADE_PER_TURN = 20
+MADE_PER_TURN = 24
+CALLERS = 8
+"""As many ask at once where the title says so."""
+SEEN_TIMEOUT_S = 60.0
+RECEIVE_BYTES = 1 << 20
 
 
 def main() -> None:
@@ -41,33 +51,21 @@ def main() -> None:
     pool = PoolName.parse(os.environ["MISTIFY_LAB_POOL"])
     report = Report()
     print(harness.machine(), flush=True)
-    _fill(report, pool, arguments.volumes, arguments.snapshots)
-    with tempfile.TemporaryDirectory(prefix="mistify-bench-") as directory:
-        _changes(report, pool)
-        with start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent:
-            _answers(report, pool, agent)
-    print(report.markdown())
-
-
-def _opened(pool: PoolName) -> ZfsDriver:
     driver = ZfsDriver(pool)
     driver.open()
-    return driver
-
-
-def _fill(report: Report, pool: PoolName, volumes: int, snapshots: int) -> None:
-    driver = _opened(pool)
-    with harness.stopwatch() as elapsed_s:
-        place = driver.create_filesystem(pool.root / "bench").name
-        for number in range(volumes):
-            driver.create_volume(place / f"v{number}", VOLUME_BYTES, thin=True)
-        for number in range(max(1, snapshots // volumes)):
-            driver.snapshot(place @ f"s{number}", recursive=True)
-        while len(driver.list_snapshots(place / "v0")) < SNAPSHOTS_OF_ONE:
-            driver.snapshot((place / "v0") @ f"more{len(driver.list_snapshots(place / 'v0'))}")
-        made = len(driver.list_snapshots(pool.root))
+    _streams(report, driver)
+    _changes(report, driver)
+    _fill(report, driver, arguments.volumes, arguments.snapshots)
     driver.close()
-    report.note(f"{volumes:,} volumes and {made:,} snapshots, made in {elapsed_s():.0f} s")
+    with (
+        tempfile.TemporaryDirectory(prefix="mistify-bench-") as directory,
+        harness.stopwatch() as elapsed_s,
+        start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent,
+    ):
+        report.note(f"the agent was ready {elapsed_s():.0f} s after its start, with its index of all of them")
+        _outside(report, pool, agent)
+        _answers(report, pool, agent)
+    print(report.markdown())
 
 
 def _zfs(*words: object) -> None:
@@ -75,68 +73,184 @@ def _zfs(*words: object) -> None:
     subprocess.run(["/usr/sbin/zfs", *map(str, words)], check=True, stdout=subprocess.PIPE, timeout=PROGRAM_TIMEOUT_S)
 
 
+# -- streams -------------------------------------------------------------------------------------------------------------
+
+
+def _streams(report: Report, driver: ZfsDriver) -> None:
+    """The same stream through the firewall, and from a file straight into the kernel."""
+    place = driver.create_filesystem(driver.pool.root / "streams").name
+    with tempfile.TemporaryFile() as stream:
+        _make_stream(driver, (place / "source") @ "s", stream)
+        numbers = iter(range(1 << 30))
+
+        def through() -> float:
+            stream.seek(0)
+            target = place / f"through{next(numbers)}"
+            with harness.stopwatch() as elapsed_s:
+                driver.receive(target @ "s", stream)
+            driver.destroy(target, recursive=True)
+            return harness.mb_per_s(STREAM_BYTES, elapsed_s())
+
+        def straight() -> float:
+            os.lseek(stream.fileno(), 0, os.SEEK_SET)
+            target = f"{place}/straight{next(numbers)}"
+            with harness.stopwatch() as elapsed_s:
+                subprocess.run(["/usr/sbin/zfs", "receive", f"{target}@s"], stdin=stream, check=True)
+            _zfs("destroy", "-r", target)
+            return harness.mb_per_s(STREAM_BYTES, elapsed_s())
+
+        report.add(compare("receive of a stream, every record checked", "MB/s", through, ("zfs receive", straight)))
+    driver.destroy(place, recursive=True)
+
+
+def _make_stream(driver: ZfsDriver, name: SnapshotName, stream: io.BufferedRandom) -> None:
+    driver.create_volume(name.dataset, STREAM_BYTES, thin=True)
+    with driver.open_volume(name.dataset, writable=True) as fd:
+        for offset in range(0, STREAM_BYTES, RECEIVE_BYTES):
+            os.pwrite(fd, os.urandom(RECEIVE_BYTES), offset)
+    driver.snapshot(name)
+    driver.send(name, stream.fileno())
+
+
+# -- changes -------------------------------------------------------------------------------------------------------------
+
+
+def _changes(report: Report, driver: ZfsDriver) -> None:
+    place = driver.create_filesystem(driver.pool.root / "made").name
+    volumes = [driver.create_volume(place / f"v{number}", VOLUME_BYTES, thin=True).name for number in range(CALLERS)]
+    source = driver.snapshot(volumes[0] @ "s0")[0].name
+    numbers = iter(range(1 << 30))
+
+    def snapshots(make: Callable[[SnapshotName], object]) -> Callable[[], object]:
+        def one() -> None:
+            number = next(numbers)
+            make(volumes[number % CALLERS] @ f"made{number}")
+
+        return one
+
+    def clones(make: Callable[[str], object]) -> Callable[[], object]:
+        return lambda: make(f"made{next(numbers)}")
+
+    pairs = {
+        "snapshots of volumes": (snapshots(driver.snapshot), snapshots(lambda name: _zfs("snapshot", name))),
+        "clones of a snapshot": (
+            clones(lambda leaf: driver.clone(source, place / leaf)),
+            clones(lambda leaf: _zfs("clone", source, place / leaf)),
+        ),
+    }
+    for title, (ours, reference) in pairs.items():
+        for callers in (1, CALLERS):
+            words = f"{title}, {callers} at a time"
+            report.add(compare(words, "/s", _made_per_s(ours, callers), ("zfs", _made_per_s(reference, callers))))
+    driver.destroy(place, recursive=True)
+
+
+def _made_per_s(make: Callable[[], object], callers: int) -> Callable[[], float]:
+    def turn() -> float:
+        with ThreadPoolExecutor(callers) as threads, harness.stopwatch() as elapsed_s:
+            for made in [threads.submit(make) for _ in range(MADE_PER_TURN)]:
+                made.result()
+        return MADE_PER_TURN / elapsed_s()
+
+    return turn
+
+
+# -- answers -------------------------------------------------------------------------------------------------------------
+
+
+def _fill(report: Report, driver: ZfsDriver, volumes: int, snapshots: int) -> None:
+    place = driver.create_filesystem(driver.pool.root / "bench").name
+    with harness.stopwatch() as elapsed_s, ThreadPoolExecutor(CALLERS) as threads:
+        names = [place / f"v{number}" for number in range(volumes)]
+        list(threads.map(lambda name: driver.create_volume(name, VOLUME_BYTES, thin=True), names))
+        print(f"{volumes} volumes made in {elapsed_s():.0f} s", flush=True)
+        for number in range(max(1, snapshots // volumes)):
+            driver.snapshot(place @ f"s{number}", recursive=True)
+        for number in range(len(driver.list_snapshots(names[0])), SNAPSHOTS_OF_ONE):
+            driver.snapshot(names[0] @ f"s{number}")
+    made = len(driver.list_snapshots(driver.pool.root))
+    report.note(f"{volumes:,} volumes and {made:,} snapshots, made in {elapsed_s():.0f} s")
+
+
+class Caller:
+    """Asks the agent over one connection, and does no more with the answer than to read it whole."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", agent.port), timeout=PROGRAM_TIMEOUT_S)
+        self._file = self._socket.makefile("rb")
+
+    def ask(self, method: str, **request: str) -> bytes:
+        """The body of the answer."""
+        body = json.dumps({"method": f"ImageStore.{method}", "params": [request], "id": 1}).encode()
+        head = f"POST /_mistify_RPC_ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        self._socket.sendall(head.encode() + b"\r\n\r\n" + body)
+        size = 0
+        while (line := self._file.readline()) != b"\r\n":
+            name, _, value = line.partition(b":")
+            size = int(value) if name.lower() == b"content-length" else size
+        answer = self._file.read(size)
+        assert b'"error":null' in answer[-64:], answer[-200:]
+        return answer
+
+
+def _outside(report: Report, pool: PoolName, agent: Agent) -> None:
+    """How long the agent takes to show what the zfs program changed."""
+    caller, one, root = Caller(agent), f"{pool}/bench/v1", f"{pool}/bench"
+    changes: Sequence[tuple[tuple[str, ...], Callable[[], bool]]] = (
+        (("snapshot", f"{one}@outside"), lambda: b"@outside" in caller.ask("ListSnapshots", id="bench/v1")),
+        (("set", "volsize=9M", one), lambda: b'"size":9' in caller.ask("GetVolume", id="bench/v1")),
+        (("clone", f"{one}@outside", f"{root}/c"), lambda: b"bench/c" in caller.ask("ListVolumes")),
+        (("rename", f"{root}/c", f"{root}/d"), lambda: b"bench/d" in caller.ask("ListVolumes")),
+        (("destroy", f"{root}/d"), lambda: b"bench/d" not in caller.ask("ListVolumes")),
+        (("destroy", f"{one}@outside"), lambda: b"@outside" not in caller.ask("ListSnapshots", id="bench/v1")),
+    )
+    seconds = []
+    for words, shows in changes:
+        _zfs(*words)
+        with harness.stopwatch() as elapsed_s:
+            wait_until(shows, f"zfs {words[0]} to show", timeout_s=SEEN_TIMEOUT_S)
+        seconds.append(f"{words[0]} {elapsed_s():.1f} s")
+    report.note("a change made with the zfs program shows after: " + ", ".join(seconds))
+
+
+def _answers(report: Report, pool: PoolName, agent: Agent) -> None:
+    caller, one, snapshots = (
+        Caller(agent),
+        f"{pool}/bench/v0",
+        ("list", "-Hp", "-r", "-t", "snapshot", "-o", "name,written"),
+    )
+    volume = ("-o", "name,volsize")
+
+    def ours(method: str, **request: str) -> Callable[[], float]:
+        return lambda: _rate(lambda: caller.ask(method, **request))
+
+    def program(*words: object) -> tuple[str, Callable[[], float]]:
+        return "zfs", lambda: _rate(lambda: _zfs(*words))
+
+    title = f"ListSnapshots of a volume with {SNAPSHOTS_OF_ONE}"
+    report.add(compare(title, "/s", ours("ListSnapshots", id="bench/v0"), program(*snapshots, one)))
+    report.add(compare("GetVolume", "/s", ours("GetVolume", id="bench/v0"), program("list", "-Hp", *volume, one)))
+    everything = program("list", "-Hp", "-r", "-t", "volume", *volume, pool)
+    report.add(_compare_once("ListVolumes", ours("ListVolumes"), everything))
+    report.add(_compare_once("ListSnapshots of the pool", ours("ListSnapshots"), program(*snapshots, pool)))
+
+
 def _rate(call: Callable[[], object]) -> float:
     """Calls per second."""
     begin, count = time.perf_counter(), 0
-    while (elapsed_s := time.perf_counter() - begin) < AT_LEAST_S:
+    while (elapsed_s := time.perf_counter() - begin) < AT_LEAST_S or not count:
         call()
         count += 1
     return count / elapsed_s
 
 
-def _answers(report: Report, pool: PoolName, agent: Agent) -> None:
-    one, snapshots = f"{pool}/bench/v0", ("list", "-Hp", "-r", "-t", "snapshot", "-o", "name,written")
-    volume = ("-o", "name,volsize")
-    requests = {
-        f"ListSnapshots of a volume with {SNAPSHOTS_OF_ONE}": (
-            ("ListSnapshots", {"id": "bench/v0"}),
-            (*snapshots, one),
-        ),
-        "ListSnapshots of the pool": (("ListSnapshots", {}), (*snapshots, pool)),
-        "GetVolume": (("GetVolume", {"id": "bench/v0"}), ("list", "-Hp", *volume, one)),
-        "ListVolumes": (("ListVolumes", {}), ("list", "-Hp", "-r", "-t", "volume", *volume, pool)),
-    }
-    for title, ((method, request), words) in requests.items():
-        reference = ("zfs", _programs_per_s(words))
-        report.add(compare(title, "/s", _answers_per_s(agent, method, request), reference))
-
-
-def _answers_per_s(agent: Agent, method: str, request: dict[str, str]) -> Callable[[], float]:
-    return lambda: _rate(lambda: agent.call(method, timeout_s=CALL_TIMEOUT_S, **request))
-
-
-def _programs_per_s(words: tuple[object, ...]) -> Callable[[], float]:
-    return lambda: _rate(lambda: _zfs(*words))
-
-
-def _changes(report: Report, pool: PoolName) -> None:
-    driver, place = _opened(pool), pool.root / "bench"
-    numbers = iter(range(1 << 30))
-    source = (place / "v0") @ "s0"
-
-    def many(make: Callable[[str], object]) -> Callable[[], float]:
-        def turn() -> float:
-            with harness.stopwatch() as elapsed_s:
-                for _ in range(MADE_PER_TURN):
-                    make(f"made{next(numbers)}")
-            return MADE_PER_TURN / elapsed_s()
-
-        return turn
-
-    def volume(number: int) -> DatasetName:
-        return place / f"v{number}"
-
-    taking = (
-        many(lambda leaf: driver.snapshot(volume(1) @ leaf)),
-        many(lambda leaf: _zfs("snapshot", volume(1) @ leaf)),
-    )
-    cloning = (
-        many(lambda leaf: driver.clone(source, place / leaf)),
-        many(lambda leaf: _zfs("clone", source, place / leaf)),
-    )
-    report.add(compare("snapshots of a volume", "/s", taking[0], ("zfs", taking[1])))
-    report.add(compare("clones of a snapshot", "/s", cloning[0], ("zfs", cloning[1])))
-    driver.close()
+def _compare_once(title: str, ours: Callable[[], float], reference: tuple[str, Callable[[], float]]) -> Row:
+    """The program takes minutes over the whole pool: one turn, after one of ours that nobody counts."""
+    ours()
+    row = Row(title, Figure("ours", "/s"), Figure(reference[0], "/s"))
+    row.ours.values.append(ours())
+    row.reference.values.append(reference[1]())
+    return row
 
 
 if __name__ == "__main__":

@@ -188,6 +188,21 @@ class SnapshotRequest(Message, kw_only=True, omit_defaults=True):
     destroy_more_recent: bool = msgspec.field(default_factory=bool, name="destroyMoreRecent")
 
 
+class DownloadRequest(Message, kw_only=True, omit_defaults=True):
+    """Names a snapshot to be downloaded; all but ``id`` is ours."""
+
+    id: str = msgspec.field(default_factory=str)
+    base: str = msgspec.field(default="", name="from")
+    """What an increment builds on: a snapshot (``@s``, or an id) or a bookmark (``#b``) of the same dataset, or the origin of a clone."""
+    compressed: bool = False
+    large_blocks: bool = False
+    embedded: bool = False
+    raw: bool = False
+    properties: bool = False
+    resume_token: str = ""
+    """Of a receiver that has the beginning: send the rest."""
+
+
 class GuestRequest(Message, kw_only=True, omit_defaults=True):
     """A guest and what a chain of agents wants done with it."""
 

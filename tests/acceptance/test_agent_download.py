@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from imaging.sendstream.receiving import VolumeReceiver
+from imaging.sendstream.resume import ResumeToken
 from imaging.sendstream.volume import apply_stream
 from tests.acceptance.daemons import Agent
 from tests.fakes.agent_world import MIB, disk
@@ -38,6 +40,10 @@ def volume(agent: Agent, body: bytes) -> Path:
     return device
 
 
+def download(agent: Agent, **parameters: str) -> requests.Response:
+    return requests.get(f"{agent.url}/snapshots/download", params=parameters, timeout=120)
+
+
 def content(stream: bytes) -> bytes:
     """The volume a stream makes."""
     with tempfile.TemporaryFile() as file:
@@ -60,6 +66,70 @@ def test_download_by_query_is_the_same(agent: Agent) -> None:
     assert by_query.status_code == 200
     digest = hashlib.sha256(by_query.content).hexdigest()
     assert hashlib.sha256(agent.download("f@s1").content).hexdigest() == digest
+
+
+@pytest.fixture(scope="module")
+def changed(agent: Agent, body: bytes) -> bytes:
+    """What a second snapshot ``g@s2`` holds, of a volume of its own with a first one ``g@s1``."""
+    device = Path(agent.call("CreateVolume", id="g", size=SIZE // MIB)["volumes"][0]["device"])
+    device.write_bytes(body)
+    agent.call("CreateSnapshot", id="g", dest="s1")
+    with device.open("r+b") as file:
+        file.write(b"changed!" * 4096)
+    agent.call("CreateSnapshot", id="g", dest="s2")
+    return b"changed!" * 4096 + body[8 * 4096 :]
+
+
+@pytest.mark.parametrize("base", ["@s1", "g@s1"])
+def test_download_from_a_base_holds_what_changed(agent: Agent, changed: bytes, base: str) -> None:
+    increment = download(agent, id="g@s2", **{"from": base})
+    assert (increment.status_code, len(increment.content) < SIZE // 8) == (200, True)
+    by_body = requests.post(f"{agent.url}/snapshots/download", json={"id": "g@s2", "from": base}, timeout=120)
+    assert by_body.content == increment.content
+    with tempfile.TemporaryFile() as file:
+        state = apply_stream(io.BytesIO(agent.download("g@s1").content), file.fileno(), None)
+        apply_stream(io.BytesIO(increment.content), file.fileno(), state)
+        assert os.pread(file.fileno(), SIZE, 0) == changed
+
+
+def test_download_compressed_says_so_and_is_smaller(agent: Agent, changed: bytes) -> None:
+    plain, packed = download(agent, id="g@s2"), download(agent, id="g@s2", compressed="true", large_blocks="true")
+    assert b"changed!" * 100 in plain.content
+    assert b"changed!" * 100 not in packed.content
+    assert content(packed.content) == changed
+
+
+def test_download_that_broke_off_goes_on_from_the_token(agent: Agent, changed: bytes) -> None:
+    whole = download(agent, id="g@s2").content
+    with tempfile.TemporaryFile() as file:
+        receiver = VolumeReceiver(file.fileno())
+        receiver.feed(whole[: len(whole) // 3])
+        point = receiver.interrupted()
+        assert point is not None
+        rest = download(agent, id="g@s2", resume_token=ResumeToken.at(point, 0).encode())
+        assert (rest.status_code, len(rest.content) < len(whole)) == (200, True)
+        apply_stream(io.BytesIO(rest.content), file.fileno(), resume=point)
+        assert os.pread(file.fileno(), SIZE, 0) == changed
+
+
+@pytest.mark.usefixtures("changed")
+@pytest.mark.parametrize(
+    ("parameters", "status"),
+    [
+        ({"from": "@nope"}, 404),
+        ({"from": "#nope"}, 404),
+        ({"from": "nope@s1"}, 404),
+        ({"from": "../g@s1"}, 400),
+        ({"from": "s1"}, 404),
+        ({"from": "@s2"}, 400),
+        ({"resume_token": "1-2-3"}, 400),
+        ({"resume_token": "1-2-3", "from": "@s1"}, 400),
+        ({"compressed": "perhaps"}, 400),
+    ],
+)
+def test_download_with_a_wrong_parameter_is_refused(agent: Agent, parameters: dict[str, str], status: int) -> None:
+    response = download(agent, id="g@s2", **parameters)
+    assert (response.status_code, response.headers["Content-Type"][:10]) == (status, "text/plain")
 
 
 def test_download_over_http_1_0_is_not_chunked(agent: Agent, body: bytes) -> None:

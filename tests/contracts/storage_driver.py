@@ -18,12 +18,13 @@ from tests.contracts.storage_driver_content import ContentRules
 from tests.contracts.storage_driver_datasets import DatasetRules
 from tests.contracts.storage_driver_destroying import DestroyingRules
 from tests.contracts.storage_driver_names import NameRules
+from tests.contracts.storage_driver_resume import ResumeRules
 from tests.contracts.storage_driver_snapshots import SnapshotRules
 from tests.contracts.storage_driver_space import SpaceRules
 from tests.contracts.storage_driver_streams import StreamRules
 
 
 class StorageDriverContract(
-    NameRules, DatasetRules, DestroyingRules, SnapshotRules, ContentRules, StreamRules, SpaceRules
+    NameRules, DatasetRules, DestroyingRules, SnapshotRules, ContentRules, StreamRules, ResumeRules, SpaceRules
 ):
     """Every rule of the contract."""

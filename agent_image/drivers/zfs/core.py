@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from agent_image.drivers.zfs import programs, survey
 from agent_image.drivers.zfs.devices import LINK_TIMEOUT_S, Devices
 from agent_image.drivers.zfs.hidden import MARK, is_hidden
 from agent_image.drivers.zfs.index import PoolIndex
+from agent_image.drivers.zfs.locking import ChangeLock
 from agent_image.drivers.zfs.lzc import Lzc
 from agent_image.drivers.zfs.ownership import open_zfs_device, own
 from agent_image.drivers.zfs.properties import VOLBLOCKSIZE_DEFAULT_BYTES, check_volblocksize
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class ZfsCore:
     """Life and reading. Changes are made by the classes above it, under ``_lock``.
 
-    The lock orders our own changes of names with those of the index; ZFS serializes them anyway. Nothing that waits for anybody
-    else (devices, streams) happens under it.
+    The lock orders our own changes of names with those of the index; ZFS serializes them anyway. What only adds (create, clone,
+    snapshot) shares it: ZFS makes such changes together. Nothing that waits for anybody else (devices, streams) happens under it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ZfsCore:
         self._volblocksize_default_bytes = check_volblocksize(volblocksize_default_bytes)
         self._device_busy_timeout_s = device_busy_timeout_s
         self._devices = Devices(device_directory, link_directory=link_directory, link_timeout_s=link_timeout_s)
-        self._lock = threading.RLock()
+        self._lock = ChangeLock()
         self._index = PoolIndex()
         self._left: set[DatasetName] = set()
         """Temporary datasets that somebody still had open when they were done with."""

@@ -122,23 +122,36 @@ class ZfsDatasets(ZfsCore):
 
     @contextlib.contextmanager
     def _place(self, name: DatasetName, *, parents: bool) -> Iterator[None]:
-        """Make missing parents for the block, under the lock; they go again if it raises."""
+        """Make missing parents for the block, which alone among those that create does not share the lock then."""
         self._check_new(name)
-        with self._lock:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._lock.shared())
+            if parents and self._missing_parents(name):
+                held.close()
+                held.enter_context(self._lock)
             self._check_parent(name)
-            made: list[DatasetName] = []
-            try:
-                for parent in self._missing_parents(name) if parents else ():
-                    self._lzc.create(str(parent), volume=False, properties={})
-                    self._made(parent, DatasetKind.FILESYSTEM, Changes())
-                    made.append(parent)
-                yield
-            except BaseException:
-                self._forget_failed(name)
-                for parent in reversed(made):
-                    self._lzc.destroy(str(parent))
-                    self._index.remove(parent)
-                raise
+            with self._parents(name) if parents else contextlib.nullcontext():
+                try:
+                    yield
+                except BaseException:
+                    self._forget_failed(name)
+                    raise
+
+    @contextlib.contextmanager
+    def _parents(self, name: DatasetName) -> Iterator[None]:
+        """Make missing parents; they go again if the block raises."""
+        made: list[DatasetName] = []
+        try:
+            for parent in self._missing_parents(name):
+                self._lzc.create(str(parent), volume=False, properties={})
+                self._made(parent, DatasetKind.FILESYSTEM, Changes())
+                made.append(parent)
+            yield
+        except BaseException:
+            for parent in reversed(made):
+                self._lzc.destroy(str(parent))
+                self._index.remove(parent)
+            raise
 
     def _check_parent(self, name: DatasetName) -> None:
         """Nothing lies below a volume; the kernel of 2.1 refuses only some of the calls that would."""

@@ -28,6 +28,8 @@ LINK_TIMEOUT_S = 5.0
 """udev's link comes 35-400 ms after the device where nothing else happens; its name is the better answer, as numbers are used again."""
 UDEV_CONTROL = Path("/run/udev/control")
 """There while udev runs."""
+CONFIRMED_MAX = 50_000
+"""Some 10 MiB, and more volumes than a pool has."""
 POLL_FIRST_S = 0.01
 POLL_MAX_S = 0.25
 DEVICE_NAME = re.compile(r"zd\d+\Z")
@@ -37,6 +39,22 @@ UDEV_COMMANDS = frozenset(
     {"systemd-udevd", "(udev-worker)", "(spawn)", "udevd", "blkid", "zvol_id", "udevadm", "multipathd"}
 )
 """Programs that look at each new device for a moment; waiting for them ends. (spawn) is a child of udev on its way to become one."""
+
+
+class Number(NamedTuple):
+    """What tells one device from another, for as long as it is there: its number, and the inode of its node."""
+
+    device: int
+    inode: int
+
+
+def number_of(device: Path) -> Number | None:
+    """The number of a device behind a path; None if there is none."""
+    try:
+        found = os.stat(device)  # noqa: PTH116 - asked for each volume of a list
+    except OSError:
+        return None
+    return Number(found.st_rdev, found.st_ino) if stat.S_ISBLK(found.st_mode) else None
 
 
 def volume_of(device: Path) -> str | None:
@@ -81,6 +99,8 @@ class Devices:
         self._links = link_directory or device_directory / "zvol"
         self._lock = threading.Lock()
         self._asked: dict[Node, str] = {}
+        self._confirmed: dict[tuple[int, str], Number] = {}
+        """Devices behind links of volumes, by guid and name: opening a device to ask costs much more than looking at its number."""
 
     def find(self, volume: str) -> Path | None:
         """The path of the volume's device: udev's link if it leads there, else the node itself; None if there is none."""
@@ -122,6 +142,7 @@ class Devices:
         with self._lock:
             self._asked.clear()
             self._linkless.clear()
+            self._confirmed.clear()
 
     def wait(self, volume: str, timeout_s: float) -> Path:
         """The path of the volume's device once it is there; UnavailableError after ``timeout_s``."""
@@ -138,8 +159,25 @@ class Devices:
             tick.wait(pause_s)
             pause_s = min(pause_s * 2, POLL_MAX_S)
 
-    def wait_linked(self, volume: str, timeout_s: float) -> Path:
-        """The same, and while udev runs by its link, so that all who ask are told one path; the node if the link does not come."""
+    def wait_linked(self, volume: str, timeout_s: float, *, guid: int = 0) -> Path:
+        """The same, and while udev runs by its link, so that all who ask are told one path; the node if the link does not come.
+
+        With the volume's ``guid``, a link that still leads to the device that was asked before is not asked again: as long as the
+        node lasts, its device is this volume.
+        """
+        link = self._links / volume
+        number = number_of(link) if guid else None
+        if number is not None and self._confirmed.get((guid, volume)) == number:
+            return link
+        path = self._wait_linked(volume, timeout_s)
+        if path == link and number is not None and number_of(link) == number:  # the same before it was asked and after
+            with self._lock:
+                if len(self._confirmed) >= CONFIRMED_MAX:
+                    self._confirmed.clear()
+                self._confirmed[guid, volume] = number
+        return path
+
+    def _wait_linked(self, volume: str, timeout_s: float) -> Path:
         deadline = time.monotonic() + timeout_s
         found, link = self.wait(volume, timeout_s), self._links / volume
         if found == link or volume in self._linkless or not UDEV_CONTROL.exists():

@@ -30,8 +30,7 @@ class ZfsDriver(ZfsStreams):
 
     def device(self, name: DatasetName, *, timeout_s: float = DEVICE_TIMEOUT_S) -> Path:
         """The volume's device, once it is there and is this volume."""
-        self._volume(name)
-        return self._devices.wait_linked(str(name), timeout_s)
+        return self._devices.wait_linked(str(name), timeout_s, guid=self._volume(name).guid)
 
     @contextlib.contextmanager
     def open_volume(self, name: DatasetName, *, writable: bool = False) -> Iterator[int]:
@@ -68,7 +67,7 @@ class ZfsDriver(ZfsStreams):
             self._destroy_temporary(view)
 
     def _make_view(self, name: SnapshotName) -> DatasetName:
-        with self._lock:
+        with self._lock.shared():
             taken, volume = self.get_snapshot(name), self._volume(name.dataset)
             view, mark = new_name(name.dataset, Purpose.VIEW)
             changes = Changes({MARK: mark[MARK]}, readonly="on")

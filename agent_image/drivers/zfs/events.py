@@ -14,7 +14,10 @@ from agent_image.drivers.zfs.index import PoolIndex
 from imaging.errors import InvalidNameError
 from imaging.names import DatasetName, SnapshotName
 
-_FIELD = re.compile(r"\s+([a-z_]+) = (.*)\Z", re.DOTALL)
+_FIELD = re.compile(
+    r"\s+(class|history_dsname|history_internal_name|history_internal_str|history_txg|time) = (.*)\Z", re.DOTALL
+)
+"""The others are not read: each change has some twenty lines."""
 _IGNORED = frozenset({"hold", "release", "bookmark", "remove bookmark", "user hold", "unlink"})
 _NAMES_THAT_MOVE = frozenset({"rename", "promote"})
 _PROPERTY_CHANGES = frozenset({"set", "inherit"})

@@ -19,7 +19,7 @@ class ZfsSnapshots(ZfsDatasets):
 
     def snapshot(self, name: SnapshotName, *, recursive: bool = False) -> Sequence[SnapshotInfo]:
         """Take a snapshot, of everything below in the same transaction group."""
-        with self._lock:
+        with self._lock.shared():
             datasets = [self._find(name.dataset)]
             if recursive:
                 datasets = [info for info in self._index.datasets(name.dataset) if not is_hidden(info.name)]
