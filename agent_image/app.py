@@ -16,6 +16,7 @@ from agent_image.drivers.base import StorageDriver
 from agent_image.drivers.registry import make_driver
 from agent_image.fetch import Fetcher
 from agent_image.fetch_server import ImageServer
+from agent_image.fetch_spool import Spools
 from agent_image.guests import Guests
 from agent_image.guests_space import SpaceLedger
 from agent_image.jobs_kv import KeyValueJobQueue
@@ -44,6 +45,9 @@ DRIVER_THREADS = 8
 TABLE_NAME = "agent.db"
 """Image records and jobs."""
 
+SPOOL_NAME = "fetching"
+"""What has arrived of images that are not whole yet."""
+
 QUEUE_LOOK_S = 5.0
 """How often the gauge of pending jobs is brought up to date."""
 
@@ -70,7 +74,8 @@ class AgentParts:
         self.images = Images(self.pool, self.records, volumes)
         ledger = SpaceLedger(lambda: driver.usage(self.pool.root).available_bytes)
         server = ImageServer(settings.image_service, token=settings.image_service_token)
-        fetcher = Fetcher(self.images, server, settings.limits, ledger, count_bytes=metrics.received)
+        spools = Spools(settings.state_dir / SPOOL_NAME)
+        fetcher = Fetcher(self.images, server, settings.limits, ledger, spools, count_bytes=metrics.received)
         self.queue = KeyValueJobQueue(table, pending_max=settings.pending_max)
         self.fetches = FetchPool(
             self.queue, self.images, fetcher, fetchers=settings.fetchers, metrics=metrics, clock=steady_clock()

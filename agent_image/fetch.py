@@ -2,13 +2,14 @@
 
 The stages overlap: one thread reads the network and computes the digest, one decompresses, and the caller's writes.
 Nothing is visible before :meth:`agent_image.store_images.Images.publish`; the mark is put after the digest, the length and the
-stream's own END were found right, so a marked incoming dataset is never fetched again.
+stream's own END were found right, so a marked incoming dataset is never fetched again. Until then what has arrived is kept
+(:mod:`agent_image.fetch_spool`): another attempt, also after a restart, asks only for what is missing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from agent_image.fetch_offers import Body, Offer, Offers
 from agent_image.fetch_pipe import ReadAhead, first_failure
 from agent_image.fetch_raw import stream_of_raw
 from agent_image.fetch_server import ImageServer, check_source
+from agent_image.fetch_spool import Spool, Spools
 from agent_image.guests_space import SpaceLedger
 from agent_image.store_images import PROPERTY_IMAGE, Images, mark, parse_image_id
 from imaging.digests import Digest, MultiHasher
@@ -75,6 +77,7 @@ class Fetcher:
         server: ImageServer,
         limits: FetchLimits,
         ledger: SpaceLedger,
+        spools: Spools,
         *,
         count_bytes: Callable[[int], None] = lambda _bytes: None,
     ) -> None:
@@ -83,6 +86,7 @@ class Fetcher:
         self._offers = Offers(images, server, limits)
         self._limits = limits
         self._ledger = ledger
+        self._spools = spools
         self._count_bytes = count_bytes
 
     def fetch(self, order: FetchOrder, cancel: CancelToken, progress: FetchProgress) -> None:
@@ -92,14 +96,42 @@ class Fetcher:
         """
         incoming = self._images.pool.incoming(order.id)
         self._images.check_free(order.id)
-        if self._is_complete(incoming, order.id):
-            log.info("an image had arrived before the last stop", extra={"image_id": order.id})
-            return
+        with self._spools.of(order.id) as spool:
+            if self._is_complete(incoming, order.id):
+                log.info("an image had arrived before the last stop", extra={"image_id": order.id})
+            else:
+                self._arrive(order, incoming, cancel, progress, spool)
+            spool.discard()
+
+    def forget(self, image_id: str) -> None:
+        """Leave nothing of a fetch that will not go on."""
+        self._clear(self._images.pool.incoming(image_id))
+        with self._spools.of(image_id) as spool:
+            spool.discard()
+
+    def forget_others(self, unfinished: Collection[str]) -> None:
+        """At start: keep only what belongs to fetches that will go on."""
+        self._spools.keep_only(unfinished)
+
+    def _arrive(
+        self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress, spool: Spool
+    ) -> None:
+        """From nothing to a marked dataset; an error leaves what was kept only if another attempt may use it."""
         self._clear(incoming)
         try:
-            self._download(order, incoming, cancel, progress)
-        except BaseException:
+            try:
+                self._download(order, incoming, cancel, progress, spool)
+            except BadDataError as err:
+                if not spool.was_used:
+                    raise
+                log.warning("what was kept of an image is of no use", extra={"image_id": order.id, "why": err.message})
+                self._clear(incoming)
+                spool.discard()
+                self._download(order, incoming, cancel, progress, spool)
+        except BaseException as err:
             self._clear(incoming)
+            if not cancel.cancelled and not (isinstance(err, MistifyError) and err.retryable):
+                spool.discard()
             raise
 
     def _is_complete(self, incoming: DatasetName, image_id: str) -> bool:
@@ -114,9 +146,11 @@ class Fetcher:
         except NotFoundError:
             return  # nothing was left
 
-    def _download(self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress) -> None:
+    def _download(
+        self, order: FetchOrder, incoming: DatasetName, cancel: CancelToken, progress: FetchProgress, spool: Spool
+    ) -> None:
         """In the best form the source has; a form that is refused, or does not fit what is here, is followed by the next."""
-        for offer in self._offers.of(order, cancel):
+        for offer in self._offers.of(order, cancel, spool):
             try:
                 self._take(order, offer, incoming, cancel, progress)
             except (UnavailableError, NoSpaceError):

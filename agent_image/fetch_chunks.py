@@ -29,6 +29,7 @@ from agent_image.fetch_http import (
     shut,
     status_error,
 )
+from agent_image.fetch_spool import BodyFacts, Spool
 from imaging.digests import Digest
 from imaging.errors import BadDataError, MistifyError, UnavailableError
 
@@ -343,6 +344,7 @@ class ChunkedBody:
         cancel: CancelToken,
         headers: Mapping[str, str],
         budget: RangeBudget,
+        spool: Spool,
     ) -> None:
         self.url = url
         self.expected_bytes: int | None = chunks.size_bytes
@@ -351,6 +353,7 @@ class ChunkedBody:
         deadline = time.monotonic() + limits.total_s
         self._source = ChunkSource(url, chunks, limits, cancel, dict(headers) | _IDENTITY, deadline)
         self._budget = budget
+        self._spool = spool
         self._connections = _Connections()
         self._reader = RangeReader(self._source, self._connections, lambda: not self._connections.closed)
         self._crew: _Crew | None = None
@@ -362,6 +365,12 @@ class ChunkedBody:
         self._rest = memoryview(b"")
 
     def __enter__(self) -> ChunkedBody:
+        chunks = self._source.chunks
+        facts = BodyFacts(
+            url=self.url, etag=f'"{chunks.digest}"', size_bytes=chunks.size_bytes, digest=str(chunks.digest)
+        )
+        if self._spool.find(self.url) != facts:
+            self._spool.begin(facts)
         return self
 
     def __exit__(
@@ -397,14 +406,30 @@ class ChunkedBody:
         cancel.check()
         if self._number >= chunks.count:
             return b""
+        kept = self._kept_chunk()
+        if kept:
+            self._number += 1
+            return kept
         self._choose(chunks.count - self._number)
         asked_at = time.monotonic()
         with cancel.closing(self._connections):
             crew = self._crew
             data = crew.take(self._number) if crew else self._reader.chunk(self._number, chunks.count - 1)
         self._meter.add(len(data), time.monotonic() - asked_at)
+        self._spool.append(data)
         self._number += 1
         return data
+
+    def _kept_chunk(self) -> bytes:
+        """The next chunk, if an earlier attempt left it whole; what is kept behind one that is not right is forgotten."""
+        offset, length = self._source.chunks.place(self._number)
+        if self._spool.size_bytes <= offset:
+            return b""
+        data = self._spool.read(length)
+        if self._source.chunks.is_right(self._number, data):
+            return data
+        self._spool.cut(offset)
+        return b""
 
     def _choose(self, left: int) -> None:
         """After every so many chunks, look whether several connections are worth a try, or were worth it."""

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
+from agent_image.fetch_spool import BodyFacts, Spool
 from imaging.digests import Digest
 from imaging.errors import (
     BadDataError,
@@ -158,11 +159,15 @@ class HttpBody:
     """The body of one GET, as a blocking source of bytes.
 
     Reads what is there, at most a piece. A connection that breaks is made again where it broke, if the server has given a strong
-    ETag and takes ranges; otherwise, and when the body is shorter than announced, UnavailableError.
+    ETag and takes ranges; otherwise, and when the body is shorter than announced, UnavailableError. What an earlier attempt
+    left in ``spool`` comes first, and only the rest is asked for.
     """
 
-    def __init__(self, url: str, limits: FetchLimits, cancel: CancelToken, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, url: str, limits: FetchLimits, cancel: CancelToken, headers: Mapping[str, str], spool: Spool
+    ) -> None:
         self.url = shown_url(url)
+        self._spool = spool
         self._address = url
         self.received_bytes = 0
         self.expected_bytes: int | None = None
@@ -182,8 +187,8 @@ class HttpBody:
 
     def __enter__(self) -> HttpBody:
         try:
-            response = self._get({})
-            self._start(response)
+            if not self._take_up():
+                self._start(self._get({}))
         except BaseException:
             self.close()
             raise
@@ -207,16 +212,43 @@ class HttpBody:
         if self._raw is not None:
             self._raw.close()
 
+    def _take_up(self) -> bool:
+        """Whether what is kept is of this body, and what is missing is on its way."""
+        kept = self._spool.find(self.url)
+        if kept is None or not self._spool.size_bytes:
+            return False
+        self._know(kept)
+        self.received_bytes = self._spool.size_bytes
+        if self.received_bytes == self.expected_bytes:
+            log.info("all of an image's bytes had arrived before the last stop", extra={"url": self.url})
+            return True
+        response = self._ask_for_rest() if self._etag else None
+        if response is not None and self._is_rest(response):
+            return True
+        if response is not None:
+            response.close()
+        self.received_bytes = 0
+        return False
+
     def _start(self, response: requests.Response) -> None:
         if response.status_code != requests.codes.ok:
             raise status_error(response.status_code, self.url)
         self._refuse_text(response)
-        length = response.headers.get("Content-Length", "")
-        self.expected_bytes = int(length) if length.isdigit() else None
-        self.digest = announced_digest(response.headers)
-        self.type = response.headers.get("X-Image-Type", "")
-        etag = response.headers.get("ETag", "")
-        self._etag = etag if etag.startswith('"') else ""
+        length, etag = response.headers.get("Content-Length", ""), response.headers.get("ETag", "")
+        digest = announced_digest(response.headers)
+        facts = BodyFacts(
+            url=self.url,
+            etag=etag if etag.startswith('"') else "",
+            size_bytes=int(length) if length.isdigit() else None,
+            digest="" if digest is None else str(digest),
+            kind=response.headers.get("X-Image-Type", ""),
+        )
+        self._know(facts)
+        self._spool.begin(facts)
+
+    def _know(self, facts: BodyFacts) -> None:
+        self.expected_bytes, self._etag, self.type = facts.size_bytes, facts.etag, facts.kind
+        self.digest = Digest.parse(facts.digest) if facts.digest else None
 
     def _refuse_text(self, response: requests.Response) -> None:
         kind = response.headers.get("Content-Type", "")
@@ -232,6 +264,12 @@ class HttpBody:
 
     def read(self, size: int = PIECE_BYTES, /) -> bytes:
         """What has arrived, at most ``size`` bytes; empty at the end of the whole body."""
+        kept = self._spool.read(size)
+        if kept:
+            self._check_time()
+            return kept
+        if self._raw is None and self.received_bytes == self.expected_bytes:
+            return b""  # all of it was kept
         while True:
             try:
                 data = self._read_once(size)
@@ -239,6 +277,7 @@ class HttpBody:
                 self._resume(err)
                 continue
             if data:
+                self._spool.append(data)
                 self.received_bytes += len(data)
                 self._failures = 0
             return data
@@ -285,7 +324,7 @@ class HttpBody:
             self._raw.close()
             self._raw = None
         try:
-            response = self._get({"Range": f"bytes={self.received_bytes}-", "If-Range": self._etag})
+            response = self._ask_for_rest()
         except UnavailableError:
             return  # the next read fails at once and comes back here, until the failures are too many
         if response.status_code in RETRYABLE_STATUS:
@@ -293,6 +332,9 @@ class HttpBody:
             self._raw = None
         elif not self._is_rest(response):
             raise broken
+
+    def _ask_for_rest(self) -> requests.Response:
+        return self._get({"Range": f"bytes={self.received_bytes}-", "If-Range": self._etag})
 
     def _is_rest(self, response: requests.Response) -> bool:
         """Whether the answer is exactly the bytes that are missing."""

@@ -23,6 +23,7 @@ from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
 from agent_image.fetch_raw import guid_of_disk
 from agent_image.fetch_server import ImageServer
 from agent_image.fetch_service import Form, ServiceImage, ServiceQuestions
+from agent_image.fetch_spool import Spool
 from agent_image.store_images import PROPERTY_IMAGE, PROPERTY_SNAPSHOT, Images
 from imaging.digests import Digest
 from imaging.errors import ConflictError, TooLargeError
@@ -101,8 +102,8 @@ class Offers:
         self._limits = limits
         self._budget = RangeBudget()
 
-    def of(self, order: Wanted, cancel: CancelToken) -> Iterator[Offer]:
-        """The offers for an order, the last of which is always the bytes as they come."""
+    def of(self, order: Wanted, cancel: CancelToken, spool: Spool) -> Iterator[Offer]:
+        """The offers for an order, the last of which is always the bytes as they come. What arrives is kept in ``spool``."""
         url = self._server.url(order.id, order.source)
         questions = ServiceQuestions(self._server, self._limits, cancel)
         found = questions.find_image(url)
@@ -114,26 +115,33 @@ class Offers:
             if not order.digest:
                 for base_id, origin in self._bases(order.id, image):
                     form = Form(base_url, image.id, {"format": "zvol", "from": base_id})
-                    yield self._derived(form, image, questions, cancel, origin)
+                    yield self._derived(form, image, questions, cancel, spool, origin)
                 if not _is_packed_raw(image):
-                    yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, questions, cancel)
-            yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel)
+                    form = Form(base_url, image.id, {"format": "zvol"})
+                    yield self._derived(form, image, questions, cancel, spool)
+            yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel, spool)
         headers = self._server.headers_for(url)
-        yield Offer(url, lambda: HttpBody(url, self._limits, cancel, headers), kind=kind, facts=facts, is_last=True)
 
-    def _chunked(self, form: Form, image: ServiceImage, questions: ServiceQuestions, cancel: CancelToken) -> Offer:
+        def open_body() -> AbstractContextManager[Body]:
+            return HttpBody(url, self._limits, cancel, headers, spool)
+
+        yield Offer(url, open_body, kind=kind, facts=facts, is_last=True)
+
+    def _chunked(
+        self, form: Form, image: ServiceImage, questions: ServiceQuestions, cancel: CancelToken, spool: Spool
+    ) -> Offer:
         headers = self._server.headers_for(form.download_url)
 
         def open_body() -> AbstractContextManager[Body]:
             try:
                 chunks = questions.get_chunks(form)
             except TooLargeError:  # too long a list to hold: then these bytes are verified as a whole
-                return HttpBody(form.download_url, self._limits, cancel, headers)
+                return HttpBody(form.download_url, self._limits, cancel, headers, spool)
             if not form.query and str(chunks.digest) != image.digest:
                 raise ConflictError(
                     f"the chunks are of {chunks.digest}, the image is {image.digest}: {form.chunks_url}"
                 )
-            return ChunkedBody(form.download_url, chunks, self._limits, cancel, headers, self._budget)
+            return ChunkedBody(form.download_url, chunks, self._limits, cancel, headers, self._budget, spool)
 
         guid = guid_of_disk(image.content_digest, image.virtual_size_bytes) if image.format == _RAW else None
         return Offer(form.image_url, open_body, kind=image.type, facts=_facts(image), guid=guid)
@@ -144,9 +152,10 @@ class Offers:
         image: ServiceImage,
         questions: ServiceQuestions,
         cancel: CancelToken,
+        spool: Spool,
         origin: SnapshotName | None = None,
     ) -> Offer:
-        stored = self._chunked(form, image, questions, cancel)
+        stored = self._chunked(form, image, questions, cancel, spool)
         return replace(stored, origin=origin, digest=image.digest, guid=None)
 
     def _bases(self, image_id: str, image: ServiceImage) -> Sequence[tuple[str, SnapshotName]]:

@@ -19,7 +19,7 @@ from agent_image.jobs import Job, JobQueue, JobState
 from agent_image.records import ImageRecord, ImageStatus
 from agent_image.store_images import Images
 from imaging import errors
-from imaging.errors import ConflictError, InternalError, MistifyError, NotFoundError, UnavailableError
+from imaging.errors import ConflictError, InternalError, MistifyError, UnavailableError
 from imaging.threads import Offload
 
 ATTEMPTS_MAX = 5
@@ -111,7 +111,9 @@ class FetchPool:
         await self._queue_threads(self._queue.recover, now_s=self._clock())
         await self._queue_threads(self._queue.prune, now_s=self._clock())
         waiting = await self._queue_threads(self._queue.list, JobState.WAITING)
-        return [_order(job).id for job in waiting]
+        unfinished = [_order(job).id for job in waiting]
+        await self._images.pool.run(self._fetcher.forget_others, frozenset(unfinished))
+        return unfinished
 
     def start(self) -> None:
         """Begin to work."""
@@ -239,7 +241,7 @@ class FetchPool:
         if running is not None:
             await running.ended.wait()
         else:
-            await self._images.pool.run(self._clear, image_id)
+            await self._images.pool.run(self._fetcher.forget, image_id)
         return pending
 
     # -- workers -----------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ class FetchPool:
             if self._stopping:
                 await self._give_back(job, 0.0)
             else:
-                await self._images.pool.run(self._clear, _order(job).id)
+                await self._images.pool.run(self._fetcher.forget, _order(job).id)
             return None
         failures = int(job.progress.get("failures", 0)) + 1
         if err.retryable and failures < ATTEMPTS_MAX:
@@ -347,11 +349,6 @@ class FetchPool:
         )
         await self._finish(job, {"code": err.code, "message": err.message}, failed=True)
         return err
-
-    def _clear(self, image_id: str) -> None:
-        """Blocking: a fetch that was cancelled after it had marked its image leaves nothing either."""
-        with contextlib.suppress(NotFoundError):
-            self._images.pool.driver.destroy(self._images.pool.incoming(image_id), recursive=True)
 
     async def _retry(self, job: Job, failures: int, err: MistifyError) -> None:
         delay_s = min(BACKOFF_MAX_S, BACKOFF_S * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter

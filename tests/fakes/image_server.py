@@ -8,7 +8,7 @@ import re
 import socket
 import struct
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -47,6 +47,16 @@ class Served:
     """Between pieces."""
 
 
+@dataclass
+class Answered:
+    """One body that was begun."""
+
+    start: int
+    """Offset of its first byte: not 0 for a range."""
+    completed: bool = False
+    """Whether it was read to the end, as far as the server can know."""
+
+
 class FakeImageServer:
     """Serves ``/images/ID/download`` and any other path it is given."""
 
@@ -59,6 +69,8 @@ class FakeImageServer:
         """Bodies whose last byte was handed to the network, by path."""
         self.completed: Counter[str] = Counter()
         """Bodies that were read to the end: the client closed in good order. A client that dies with bytes unread resets."""
+        self.answered: defaultdict[str, list[Answered]] = defaultdict(list)
+        """Bodies that were begun, by path, in their order."""
         self._at_work = 0
         self.seen_headers: list[dict[str, str]] = []
         """Of requests for what is served."""
@@ -173,6 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_body(self, fake: FakeImageServer, served: Served) -> None:
         start = self._send_head(served)
+        answered = Answered(start)
+        fake.answered[self.path].append(answered)
         reset_after = served.reset_after.pop(0) if served.reset_after else None
         stop = min(
             limit for limit in (len(served.body), reset_after, served.end_after, served.hang_after) if limit is not None
@@ -184,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif served.hang_after is not None:
             fake.closing.wait()
         elif stop == len(served.body):
-            self._finish(fake)
+            self._finish(fake, answered)
 
     def _send_head(self, served: Served) -> int:
         etag = f'"{hashlib.sha256(served.body).hexdigest()}"'
@@ -218,9 +232,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 
-    def _finish(self, fake: FakeImageServer) -> None:
+    def _finish(self, fake: FakeImageServer, answered: Answered) -> None:
         fake.note(fake.ended, self.path)
         self.connection.shutdown(socket.SHUT_WR)
         self.connection.settimeout(DEPARTURE_TIMEOUT_S)
         if self.connection.recv(1) == b"":
+            answered.completed = True
             fake.note(fake.completed, self.path)

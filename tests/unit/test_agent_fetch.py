@@ -14,6 +14,7 @@ import pytest
 
 from agent_image.fetch import FetchOrder
 from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
+from agent_image.fetch_spool import Spool
 from agent_image.jobs import JobState
 from agent_image.records import ImageStatus
 from imaging.errors import (
@@ -209,10 +210,10 @@ async def test_fetch_that_drips_ends_at_the_total_limit(
 # -- cancel, stop, restart -------------------------------------------------------------------------------------------
 
 
-def test_cancel_wakes_a_reader_that_waits_for_the_network(server: FakeImageServer) -> None:
+def test_cancel_wakes_a_reader_that_waits_for_the_network(tmp_path: Path, server: FakeImageServer) -> None:
     url = server.serve("img", BODY, hang_after=1000)
     cancel = CancelToken()
-    with HttpBody(url, FetchLimits(stall_s=300), cancel, {}) as body:
+    with HttpBody(url, FetchLimits(stall_s=300), cancel, {}, Spool(tmp_path, "img")) as body:
         taken = 0
         while taken < 1000:
             taken += len(body.read(1000))
@@ -280,10 +281,10 @@ async def test_published_image_is_readonly_and_carries_its_mark(world: World, se
         world.write(info.name, b"x")
 
 
-def test_source_with_a_password_is_asked_with_it_and_never_shown() -> None:
+def test_source_with_a_password_is_asked_with_it_and_never_shown(tmp_path: Path) -> None:
     with FakeImageServer() as server:
         url = server.serve("/private", b"x", status=404).replace("http://", "http://operator:sesame@")
-        body = HttpBody(url, FetchLimits(), CancelToken(), {})
+        body = HttpBody(url, FetchLimits(), CancelToken(), {}, Spool(tmp_path, "img"))
         with pytest.raises(NotFoundError, match="received 404") as refused, body:
             pass
         [asked] = server.seen_headers

@@ -6,12 +6,15 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from agent_image import fetch_chunks
 from agent_image.fetch_chunks import EXTRA_RANGES_MAX, RANGES_MAX, ChunkedBody, RangeBudget
 from agent_image.fetch_http import CancelToken, FetchLimits
+from agent_image.fetch_spool import Spool
 from imaging.errors import BadDataError, ConflictError, MistifyError, NotFoundError, UnavailableError
 from tests.fakes.chunk_server import ChunkServer
 from tests.waiting import wait_until
@@ -28,9 +31,12 @@ def some_bytes(chunks: int, more: int = 0) -> bytes:
 def opened(
     server: ChunkServer, cancel: CancelToken | None = None, budget: RangeBudget | None = None
 ) -> Iterator[ChunkedBody]:
-    body = ChunkedBody(server.url, server.chunks, LIMITS, cancel or CancelToken(), {}, budget or RangeBudget())
-    with server, body:
-        yield body
+    with TemporaryDirectory() as directory, Spool(Path(directory), "img") as spool, server:
+        made = ChunkedBody(
+            server.url, server.chunks, LIMITS, cancel or CancelToken(), {}, budget or RangeBudget(), spool
+        )
+        with made as body:
+            yield body
 
 
 def read_all(body: ChunkedBody, size: int = 10_000) -> bytes:
