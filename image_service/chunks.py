@@ -26,7 +26,7 @@ CHUNKS_MAX = 16 << 10
 """Chunks of larger blobs (over 16 GiB) are larger, so that their lists stay below 2 MB of JSON."""
 
 CHUNK_MAX_BYTES = 4 << 20
-"""But not larger than this: from 64 GiB on lists grow again (29 MB for 1 TiB)."""
+"""But not larger than this: from 64 GiB on lists grow again (29 MB of JSON for 1 TiB, packed 8 MiB)."""
 
 PREFIX = "chunks/"
 
@@ -53,8 +53,13 @@ class ChunkList:
     packed: bytes
     """The sha256 of each, 32 bytes a chunk."""
 
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of each but the last."""
+        return chunk_bytes_of(self.size_bytes)
+
     def __iter__(self) -> Iterator[Chunk]:
-        chunk_bytes = chunk_bytes_of(self.size_bytes)
+        chunk_bytes = self.chunk_bytes
         for number, offset in enumerate(range(0, self.size_bytes, chunk_bytes)):
             own = self.packed[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
             yield Chunk(offset=offset, length=min(chunk_bytes, self.size_bytes - offset), sha256=own.hex())

@@ -104,6 +104,25 @@ _COLLECTED: Schema = {
     }
 }
 
+_CHUNKS: Schema = {
+    "application/json": {
+        "schema": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"offset": _SIZE, "length": _SIZE, "sha256": _STRING},
+                "required": ["offset", "length", "sha256"],
+            },
+        }
+    },
+    **_BYTES,
+}
+_FORM: Mapping[str, Schema] = {
+    "format": {"type": "string", "enum": ["zvol", "raw"]},
+    "compression": {"type": "string", "enum": ["zstd", "gzip", "none"]},
+    "from": _STRING,
+}
+
 _OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/images"): Operation(
         {200: _LIST},
@@ -127,7 +146,8 @@ _OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("DELETE", "/images/{id}"): Operation({200: _RECORD}),
     ("GET", "/images/{id}/events"): Operation({200: {"text/event-stream": {"schema": {"type": "object"}}}}),
-    ("GET", "/images/{id}/download"): Operation(_RANGE, headers=_CONDITIONS),
+    ("GET", "/images/{id}/download"): Operation(_RANGE, query=_FORM, headers=_CONDITIONS),
+    ("GET", "/images/{id}/chunks"): Operation({200: _CHUNKS, 304: {}, 412: {}}, query=_FORM),
     ("GET", "/blobs/{digest}"): Operation(_RANGE, headers=_CONDITIONS),
     ("OPTIONS", "/uploads"): Operation({204: {}}),
     ("OPTIONS", "/uploads/{id}"): Operation({204: {}}),

@@ -107,6 +107,11 @@ def test_chunks_cover_exactly_what_the_download_serves(
     assert offset == len(whole.content)
     again = ask(service, ids["new"], "chunks", headers={"If-None-Match": answer.headers["ETag"]}, **named)
     assert (again.status_code, again.content) == (304, b"")
+    packed = ask(service, ids["new"], "chunks", headers={"Accept": "application/octet-stream"}, **named)
+    assert packed.content == b"".join(bytes.fromhex(chunk["sha256"]) for chunk in answer.json())
+    assert int(packed.headers["X-Blob-Size"]) == offset
+    assert int(packed.headers["X-Chunk-Size"]) == answer.json()[0]["length"] or len(answer.json()) == 1
+    assert packed.headers["X-Image-Digest"] == answer.headers["X-Image-Digest"]
 
 
 @pytest.mark.parametrize("what", ["download", "chunks"])

@@ -123,6 +123,38 @@ async def test_list_that_makes_no_sense_is_passed_over(world: World, server: Fak
     assert (await fetch(world))[0] == BODY
 
 
+def serve_packed(server: FakeImageServer, packed: bytes, **headers: str) -> None:
+    facts = {"X-Image-Digest": str(Digest.of(stream())), "Content-Type": "application/octet-stream"}
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    server.serve(f"/images/img/chunks{ZVOL}", packed, headers=facts | names)
+    server.serve(f"/images/img/download{ZVOL}", stream(), headers=facts)
+
+
+async def test_packed_list_is_used_however_long_one_in_json_would_be(
+    world: World, server: FakeImageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_service, "JSON_MAX_BYTES", 0)
+    serve_image(server)
+    body, size = stream(), 1 << 20
+    packed = b"".join(hashlib.sha256(body[at : at + size]).digest() for at in range(0, len(body), size))
+    serve_packed(server, packed, X_Blob_Size=str(len(body)), X_Chunk_Size=str(size))
+    assert await fetch(world) == (BODY, 4711, "kvm")
+    assert server.requests[f"/images/img/chunks{ZVOL}"] == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "chunk"),
+    [("", ""), ("3000000", "-1"), ("3000000", "0"), ("x", "1"), ("1", str(1 << 30)), ("5000000", "1048576")],
+)
+async def test_packed_list_that_makes_no_sense_is_passed_over(
+    world: World, server: FakeImageServer, size: str, chunk: str
+) -> None:
+    serve_image(server)
+    serve_packed(server, bytes(32), X_Blob_Size=size, X_Chunk_Size=chunk)
+    content, guid, _ = await fetch(world)
+    assert (content, guid == 4711) == (BODY, False)
+
+
 @pytest.mark.parametrize(
     "record",
     [
