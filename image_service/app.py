@@ -45,6 +45,7 @@ def _open_stores(config: ServiceConfig, undo: contextlib.ExitStack) -> tuple[Met
     """Both stores, open, with what the original left taken over; closed by ``undo``."""
     records = metadata_stores.new_store(config.metadata_store_type)
     images = image_stores.new_store(config.image_store_type)
+    records.lease_ttl_s = config.lease_ttl_s
     records.init(config.metadata_store_config)
     undo.callback(records.shutdown)
     images.init(config.image_store_config)
@@ -102,7 +103,7 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         uploads = Uploads(records, blobs, collector, inspector, pools=pools, limits=config.uploads)
         undo.push_async_callback(uploads.close)
         scrubber = Scrubber(records, blobs, pools, interval_s=config.scrub_interval_s)
-        upkeep = Upkeep(collector, uploads, scrubber, inspector, pools)
+        upkeep = Upkeep(collector, uploads, scrubber, inspector, importer, pools)
         undo.push_async_callback(upkeep.close)
         deriver = await pools.data(_deriver, config, service, records, blobs, collector, admission, pools)
         undo.push_async_callback(deriver.close)

@@ -1,14 +1,18 @@
 """Garbage: blobs no record names, and ingests nobody goes on with.
 
-Online and safe against writers: whoever writes holds a lease from the first byte until its record is stored, and the store honours leases
-and a grace. A blob is removed at once when the last record that names it is deleted; what a crash left is found by
-:meth:`Collector.collect`, at start and from time to time.
+Online and safe against writers, in this process and in others: whoever writes holds a lease of the blob store from the first byte until its
+record is stored, and the store asks for names after it has looked at the leases. A blob is removed at once when the last record that
+names it is deleted; what a crash left is found by :meth:`Collector.collect`, at start and from time to time.
+
+What the dead leave. An ingest belongs to whoever its ref says: a fetch to the holder of the turn of that name, an upload to a process's
+session, an upload in parts to its record. It is left behind when there is no such holder and nobody will go on with it. Ingests
+are listed before holders are: whoever begins one has its lease first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
@@ -16,7 +20,8 @@ from image_service.lifecycle import UNFINISHED, Image
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobStore, CollectReport
 from imaging.digests import Digest
-from imaging.errors import BusyError, MistifyError, NotFoundError
+from imaging.errors import BusyError, LeaseLostError, MistifyError, NotFoundError
+from imaging.kv.leases import Fence
 
 GRACE_S = 3600.0
 """Nothing younger is collected: an hour covers every step between a commit and its record, on any machine."""
@@ -32,6 +37,12 @@ UPLOAD_PREFIX = "upload-"
 TUS_PREFIX = "tus-"
 """The ingest (and lease) of an upload in parts: the same after a restart."""
 
+COLLECT_TURN = "collect"
+"""One process collects at a time."""
+
+SESSION_MARK = "@"
+"""In a ref: what follows is the session it lives and dies with."""
+
 log = logging.getLogger(__name__)
 
 
@@ -40,16 +51,17 @@ def fetch_ref(image_id: str) -> str:
     return FETCH_PREFIX + image_id
 
 
-def upload_ref(image_id: str) -> str:
-    """The ingest (and lease) of an upload: it ends with its connection."""
-    return UPLOAD_PREFIX + image_id
+def upload_ref(image_id: str, session: str) -> str:
+    """The ingest (and lease) of an upload: it ends with its connection, at the latest with the process's session."""
+    return f"{UPLOAD_PREFIX}{image_id}{SESSION_MARK}{session}"
 
 
 class BlobCache(Protocol):
     """Keeps blobs no record names, and gives them up by rules of its own."""
 
-    def recover(self) -> None:
-        """At start: end what the dead were making."""
+    @property
+    def ref_prefix(self) -> str:
+        """Its ingests, and the turns at making them, start with this."""
 
     def sweep(self, wanted: Callable[[Digest], bool]) -> None:
         """Give up what it no longer wants to keep; ``wanted`` says whether a record names a blob."""
@@ -71,27 +83,33 @@ class Collector:
         self._records = records
         self._blobs = blobs
         self._grace_s = max(grace_s, GRACE_MIN_S)
-        self._naming = threading.Lock()
         self._caches: list[BlobCache] = []
-        self._refs: list[Callable[[], Collection[str]]] = []
+        self._refs: list[Callable[[str], bool]] = [self._is_owed]
 
     def add_cache(self, cache: BlobCache) -> None:
         """From now on keep what ``cache`` keeps."""
         self._caches.append(cache)
 
-    def add_refs(self, refs: Callable[[], Collection[str]]) -> None:
-        """From now on keep the ingests ``refs`` names over a restart."""
-        self._refs.append(refs)
+    def add_refs(self, wanted: Callable[[str], bool]) -> None:
+        """From now on keep the ingests somebody may go on with, says ``wanted``."""
+        self._refs.append(wanted)
+
+    def _is_owed(self, ref: str) -> bool:
+        """Whether it is the ingest of an unfinished fetch."""
+        if not ref.startswith(FETCH_PREFIX):
+            return False
+        image = self._records.find_by_id(ref.removeprefix(FETCH_PREFIX))
+        return image is not None and image.status in UNFINISHED
 
     def publish(self, lease: str, digest: Digest, record: Callable[[], None]) -> None:
         """Let a record name a blob that was just committed under a lease, and end the lease.
 
-        If ``record`` fails the blob goes, unless somebody else needs it. The lock keeps :meth:`drop` from looking before the
-        record is there and removing after the lease has ended.
+        If ``record`` fails the blob goes, unless somebody else needs it; if the turn was over, the lease may be another's by now.
         """
         try:
-            with self._naming:
-                record()
+            record()
+        except LeaseLostError:
+            raise
         except MistifyError:
             self.discard(lease, digest)
             raise
@@ -111,16 +129,16 @@ class Collector:
 
     def _remove(self, digest: Digest) -> bool:
         """Whether nothing names the blob: then it is removed, or left to the collector while it is leased."""
-        with self._naming:
-            if self.is_named(digest):
-                return False
-            try:
-                self._blobs.delete(digest)
-            except NotFoundError:
-                return True
-            except BusyError:
-                log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
+        if self.is_named(digest):
+            return False
+        try:
+            self._blobs.delete(digest, needed=self.is_named)
+        except NotFoundError:
             return True
+        except BusyError:
+            log.info("blob is leased and left to the collector", extra={"digest": str(digest)})
+            return not self.is_named(digest)
+        return True
 
     def is_named(self, digest: Digest) -> bool:
         """Whether a record or a cache names a blob: others are on their way in or out, and nobody's business."""
@@ -132,26 +150,48 @@ class Collector:
         self._blobs.release(ref)
 
     def recover(self) -> None:
-        """At start, when nobody writes here: end the leases of the dead and remove what only they needed."""
-        wanted = {fetch_ref(image.id) for image in self._records.iterate() if image.status in UNFINISHED}
-        wanted.update(*(refs() for refs in self._refs))
-        for lease in self._blobs.leases():
-            if lease.startswith((FETCH_PREFIX, UPLOAD_PREFIX, TUS_PREFIX)) and lease not in wanted:
-                self._blobs.release(lease)
-        for ingest in self._blobs.ingests():
-            if ingest.ref not in wanted:
-                log.info("ingest left behind is removed", extra={"ref": ingest.ref, "size_bytes": ingest.offset_bytes})
-                self.forget(ingest.ref)
-        for cache in self._caches:
-            cache.recover()
-            cache.sweep(self._records.needs)
-        self._report(self._blobs.collect(self._kept(), grace_s=0))
+        """At start: remove what the dead left behind; what others are at is theirs."""
+        turn = self._records.replica.find_turn(COLLECT_TURN)
+        if turn is None:
+            return
+        with turn:
+            self._collect(turn, grace_s=0 if self._records.replica.is_alone() else self._grace_s)
 
     def collect(self, *, dry_run: bool = False, limit: int | None = None) -> CollectReport:
-        """One round of garbage collection; what was (or would be) removed."""
-        for cache in self._caches if not dry_run else ():
+        """One round of garbage collection; what was (or would be) removed. BusyError while another process is at it."""
+        if dry_run:
+            return self._report(self._blobs.collect(self._kept(), grace_s=self._grace_s, dry_run=True, limit=limit))
+        with self._records.replica.acquire(COLLECT_TURN) as turn:
+            return self._collect(turn, grace_s=self._grace_s, limit=limit)
+
+    def _collect(self, turn: Fence, *, grace_s: float, limit: int | None = None) -> CollectReport:
+        """Whoever loses the turn on the way does no harm: nothing that is leased or named goes, whoever removes."""
+        self._forget_dead()
+        for cache in self._caches:
+            turn.check()
             cache.sweep(self._records.needs)
-        return self._report(self._blobs.collect(self._kept(), grace_s=self._grace_s, dry_run=dry_run, limit=limit))
+        turn.check()
+        return self._report(self._blobs.collect(self._kept(), grace_s=grace_s, limit=limit, needed=self.is_named))
+
+    def _forget_dead(self) -> None:
+        """Remove the ingests and leases whose owners are gone."""
+        refs = [ingest.ref for ingest in self._blobs.ingests()]
+        refs += [lease for lease in self._blobs.leases() if lease not in refs]
+        held = self._records.replica.held()
+        for ref in refs:
+            if self._is_left(ref, held):
+                log.info("ingest left behind is removed", extra={"ref": ref})
+                with contextlib.suppress(
+                    BusyError
+                ):  # a writer of this process whose turn is over; it lets go by itself
+                    self.forget(ref)
+
+    def _is_left(self, ref: str, held: Collection[str]) -> bool:
+        """Whether nobody is at an ingest and nobody will be. One of a kind we do not know is left to its age."""
+        prefixes = (FETCH_PREFIX, UPLOAD_PREFIX, TUS_PREFIX, *(cache.ref_prefix for cache in self._caches))
+        if not ref.startswith(prefixes) or ref in held or ref.partition(SESSION_MARK)[2] in held:
+            return False
+        return not any(wanted(ref) for wanted in self._refs)
 
     def _kept(self) -> set[Digest]:
         """Every blob a record or a cache names."""

@@ -18,10 +18,12 @@ from image_service.derive_work import DeriveLimits
 from image_service.facts import InspectionLimits
 from image_service.fetcher import ConversationLimits
 from image_service.importer import FetchLimits
+from image_service.replica import TTL_S
 from image_service.scrubbing import INTERVAL_S as SCRUB_INTERVAL_S
 from image_service.sources import SourcePolicy
 from image_service.uploads import UploadLimits
 from image_service.web import WebLimits
+from imaging.kv.leases import TTL_MIN_S
 
 DEFAULT_PORT = 20_000
 STATE_NAME = "mistify-image-service"
@@ -54,6 +56,7 @@ class ServiceConfig:
     derive: DeriveLimits
     inspection: InspectionLimits
     web: WebLimits
+    lease_ttl_s: float
     collect_interval_s: float
     collect_grace_s: float
     uploads: UploadLimits
@@ -227,6 +230,12 @@ _OPTIONS = [
         "--collect-interval-s", type=_positive(), default=INTERVAL_S, help="Time between two garbage collections."
     ),
     click.option(
+        "--lease-ttl-s",
+        type=click.FloatRange(TTL_MIN_S, 600.0),
+        default=TTL_S,
+        help="A replica that gives no sign of life for so long loses its work to the others.",
+    ),
+    click.option(
         "--collect-grace-s",
         type=click.FloatRange(min=GRACE_MIN_S),
         default=GRACE_S,
@@ -314,6 +323,7 @@ def service_config(params: Mapping[str, Any]) -> ServiceConfig:
             virtual_size_max_bytes=params["virtual_size_max_bytes"],
         ),
         web=WebLimits(upload_stall_timeout_s=params["upload_stall_timeout_s"]),
+        lease_ttl_s=params["lease_ttl_s"],
         collect_interval_s=params["collect_interval_s"],
         collect_grace_s=params["collect_grace_s"],
         uploads=UploadLimits(expiry_s=params["upload_expiry_s"]),

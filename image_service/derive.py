@@ -55,6 +55,11 @@ class DerivedStore:
         self.chunks = ChunkIndex(store)
         collector.add_cache(self)
 
+    @property
+    def ref_prefix(self) -> str:
+        """See BlobCache."""
+        return DERIVE_PREFIX
+
     def find(self, recipe: Recipe) -> BlobInfo | None:
         """The blob a recipe made, if it is still there."""
         derived = self.index.find(recipe)
@@ -129,12 +134,6 @@ class DerivedStore:
         return found
 
     # -- garbage -----------------------------------------------------------------------------------------------------
-
-    def recover(self) -> None:
-        """At start, when nothing is being made here: end the leases of the dead. Their ingests are then garbage."""
-        for lease in self._blobs.leases():
-            if lease.startswith(DERIVE_PREFIX):
-                self._collector.forget(lease)
 
     def sweep(self, wanted: Callable[[Digest], bool]) -> None:
         """Forget what is stale, unneeded or too much. ``wanted``: whether a record names a blob."""

@@ -23,7 +23,7 @@ from image_service.lifecycle import Details, Image, ImageStatus, ImageType, fact
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, InvalidArgumentError, MistifyError, TooLargeError
+from imaging.errors import BadDataError, InvalidArgumentError, LeaseLostError, MistifyError, TooLargeError
 
 INSPECTIONS_MAX = 16
 """At once, while bytes come in: a decoder may hold 128 MiB. Further images are read when they are stored."""
@@ -82,6 +82,8 @@ class Inspector:
         try:
             self._blobs.lease(lease, ttl_s=LOOK_TTL_S)
             facts = self.conclude(image, info, inspection)
+        except LeaseLostError:
+            raise
         except MistifyError:
             self._collector.discard(lease, info.digest)
             raise

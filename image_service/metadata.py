@@ -6,6 +6,7 @@ Keys::
     sources/<sha256 of the source>  the id of the one record with that source
     digests/<sha256>/<id>           empty; says that this record needs this blob
     contents/<sha256>/<id>          empty; says that this record is an image with that content, in whatever encoding
+    unfinished/<id>                 empty; says that somebody owes work on this record
 
 Rules.
 
@@ -13,6 +14,7 @@ Rules.
   is ever lost, whoever else writes, in this process or another.
 * The indexes change in the same transaction as the record, so they can't drift, and a source has exactly one record however many
   ask for it at once.
+* Work that only one replica may do names its fence: its changes hold only during its turn, else they raise LeaseLostError.
 * Records are what :mod:`image_service.lifecycle` makes of them; this module knows no states.
 
 Errors: NotFoundError (get, update, delete of an unknown id), ConflictError (put of a source or id that is taken), those of KeyValue.
@@ -27,15 +29,18 @@ from typing import Any
 
 import msgspec
 
-from image_service.lifecycle import Image, ImageType
+from image_service.lifecycle import UNFINISHED, Image, ImageType
+from image_service.replica import TTL_S, Replica
 from imaging.digests import Digest
-from imaging.errors import BadDataError, ConflictError, NotFoundError, UnavailableError
+from imaging.errors import BadDataError, ConflictError, LeaseLostError, NotFoundError, UnavailableError
 from imaging.kv.base import ABSENT, Compare, Delete, Entry, KeyValue, Operation, Put
+from imaging.kv.leases import Fence
 
 RECORDS = "images/"
 SOURCES = "sources/"
 DIGESTS = "digests/"
 CONTENTS = "contents/"
+OWED = "unfinished/"
 MARKS = "marks/"
 
 UPDATE_TRIES_MAX = 64
@@ -86,6 +91,8 @@ def _index(image: Image) -> list[Operation]:
         entries.append(Put(digest_key(image), b""))
     if image.content_digest:
         entries.append(Put(content_key(image), b""))
+    if image.status in UNFINISHED and image.source:
+        entries.append(Put(OWED + image.id, b""))
     return entries
 
 
@@ -104,12 +111,20 @@ def _change(old: Image | None, new: Image | None) -> list[Operation]:
     return operations
 
 
+def _fencing(fence: Fence | None) -> Sequence[Compare]:
+    return [] if fence is None else [fence.compare]
+
+
 class MetadataStore:
     """Image records in one KeyValue. Blocking; threads may share it. Life: construct, ``init``, use, ``shutdown``."""
 
     def __init__(self, open_engine: Callable[[Mapping[str, Any]], KeyValue]) -> None:
         self._open_engine = open_engine
         self._engine: KeyValue | None = None
+        self._replica: Replica | None = None
+        self._opening = threading.Lock()
+        self.lease_ttl_s = TTL_S
+        """How long the work of a replica that says nothing is left to it."""
         self._writers = [threading.Lock() for _ in range(WRITER_LOCKS)]
 
     @classmethod
@@ -124,7 +139,9 @@ class MetadataStore:
         self._engine = self._open_engine(config)
 
     def shutdown(self) -> None:
-        """Release the engine; idempotent."""
+        """Release the engine, and whatever leases are held; idempotent."""
+        if self._replica is not None:
+            self._replica.close()
         if self._engine is not None:
             self._engine.close()
 
@@ -138,6 +155,19 @@ class MetadataStore:
     def engine(self) -> KeyValue:
         """The engine, for what else is kept in it under prefixes of its own."""
         return self._store
+
+    @property
+    def replica(self) -> Replica:
+        """This process among those that share the engine."""
+        with self._opening:
+            if self._replica is None:
+                self._replica = Replica(self._store, ttl_s=self.lease_ttl_s)
+            return self._replica
+
+    def _raise_lost(self, fence: Fence | None) -> None:
+        """After a transaction whose compares did not hold: LeaseLostError if it was the turn that is over."""
+        if fence is not None and (fence.is_lost or self.replica.is_over(fence)):
+            raise LeaseLostError(f"the lease is lost: {fence.name}")
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -182,6 +212,10 @@ class MetadataStore:
             raise NotFoundError("not found")
         return image
 
+    def owed(self) -> Sequence[str]:
+        """Ids of the records somebody owes work on, in order."""
+        return [entry.key.removeprefix(OWED) for entry in self._pages(OWED)]
+
     def needs(self, digest: Digest) -> bool:
         """Whether any record names that blob."""
         return bool(self._store.list(f"{DIGESTS}{digest.hex}/", limit=1))
@@ -206,14 +240,15 @@ class MetadataStore:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def put(self, image: Image) -> None:
+    def put(self, image: Image, *, fence: Fence | None = None) -> None:
         """Add a new record; ConflictError if its id or source is taken."""
-        compares = [Compare(record_key(image.id), ABSENT)]
+        compares = [Compare(record_key(image.id), ABSENT), *_fencing(fence)]
         if image.source:
             compares.append(Compare(source_key(image.source), ABSENT))
         try:
             self._store.transact(_change(None, image), compares)
         except ConflictError as err:
+            self._raise_lost(fence)
             raise ConflictError(
                 f"an image with this id or source is there already: {image.source or image.id}"
             ) from err
@@ -231,15 +266,15 @@ class MetadataStore:
             return image, True
         raise UnavailableError(f"the record of {image.source} changes too fast")
 
-    def update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
+    def update(self, image_id: str, change: Callable[[Image], Image], *, fence: Fence | None = None) -> Image:
         """Replace a record by what ``change`` makes of it; repeated with the newer record if another writer was faster.
 
         What ``change`` raises leaves the record as it is.
         """
         with self._writers[hash(image_id) % WRITER_LOCKS]:  # a quick thread must not starve a slow one
-            return self._update(image_id, change)
+            return self._update(image_id, change, fence)
 
-    def _update(self, image_id: str, change: Callable[[Image], Image]) -> Image:
+    def _update(self, image_id: str, change: Callable[[Image], Image], fence: Fence | None) -> Image:
         for _ in range(UPDATE_TRIES_MAX):
             entry = self._store.get(record_key(image_id))
             if entry is None:
@@ -247,8 +282,9 @@ class MetadataStore:
             old = _decode(entry)
             new = change(old)
             try:
-                self._store.transact(_change(old, new), [Compare(entry.key, entry.revision)])
+                self._store.transact(_change(old, new), [Compare(entry.key, entry.revision), *_fencing(fence)])
             except ConflictError:
+                self._raise_lost(fence)
                 continue
             return new
         raise UnavailableError(f"the record of image {image_id} changes too fast")

@@ -40,10 +40,21 @@ from image_service.sources import SourcePolicy
 from image_service.spool import Pools, Spool, settled
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, ConflictError, InvalidArgumentError, NotFoundError, UnavailableError
+from imaging.errors import (
+    BadDataError,
+    ConflictError,
+    InvalidArgumentError,
+    LeaseLostError,
+    NotFoundError,
+    UnavailableError,
+)
+from imaging.kv.leases import Fence
 
 TWINS_SINGLY_MAX = 50
 """Contents looked up one by one; beyond it reading the whole index takes fewer calls."""
+
+OWED_MARK = "unfinished-1"
+"""Every record is in the index of unfinished ones as it should be."""
 
 WATCH_INTERVAL_S = 0.25
 """How often a record is looked at for whoever waits for it: a look takes some 50 us."""
@@ -85,15 +96,19 @@ class ImageService:
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Clear away what a crash left, and go on with every unfinished fetch."""
+        """Clear away what a crash left, and go on with every unfinished fetch that nobody is at."""
         await self._data(self._collector.recover)
-        for image in await self._offload(self._records.list):
-            if image.status not in UNFINISHED:
-                continue
-            if image.source:
-                self._importer.start(image.id)
-            else:
-                await self._offload(self._records.update, image.id, self._lost)
+        await self._offload(self._note_owed)
+        await self._importer.take_over()
+
+    def _note_owed(self) -> None:
+        """Records of before there was an index of unfinished ones: once over, they are in it."""
+        if self._records.is_marked(OWED_MARK):
+            return
+        for image in self._records.iterate():
+            if image.status in UNFINISHED:
+                self._records.update(image.id, (lambda same: same) if image.source else self._lost)
+        self._records.mark(OWED_MARK)
 
     def _lost(self, image: Image) -> Image:
         return set_failed(image, "the upload was cut off by a restart of the service", now=self._now())
@@ -220,28 +235,33 @@ class ImageService:
         """Store what ``chunks`` gives; the complete record. Whatever goes wrong leaves nothing."""
         size_bytes = _one_size(length_bytes, expected.size_bytes)
         image = new_upload(str(uuid.uuid4()), image_type, details, check_expected(expected), now=self._now())
-        ref = upload_ref(image.id)
+        turn = await self._offload(self._records.replica.session)
+        ref = upload_ref(image.id, turn.name)
         inspect = functools.partial(self._inspector.begin, image_type)
         try:
             with await self._offload(self._admission.reserve, ref, size_bytes) as room:
                 limit = self._admission.size_max_bytes
-                spool = await Spool.open(self._blobs, self._data, room, max_bytes=limit, keep=False, inspect=inspect)
+                spool = await Spool.open(
+                    self._blobs, self._data, room, max_bytes=limit, keep=False, inspect=inspect, turn=turn
+                )
                 async with spool:
                     async for chunk in chunks:
                         await spool.write(chunk)
-                    return await settled(self._publish(image, spool, expected.digest, size_bytes))
+                    return await settled(self._publish(image, turn, spool, expected.digest, size_bytes))
+        except LeaseLostError as err:
+            raise UnavailableError("the upload was paused for too long; send it again") from err
         finally:
             await settled(self._data(self._collector.forget, ref))
 
-    async def _publish(self, image: Image, spool: Spool, digest: Digest | None, size_bytes: int) -> Image:
+    async def _publish(self, image: Image, turn: Fence, spool: Spool, digest: Digest | None, size_bytes: int) -> Image:
         info = await spool.commit(digest=digest, size_bytes=None if size_bytes == UNKNOWN_SIZE else size_bytes)
         published: list[Image] = []
 
         def record(facts: Facts) -> None:
             published.append(set_finished(image, info.digest, info.size_bytes, facts, now=self._now()))
-            self._records.put(published[-1])
+            self._records.put(published[-1], fence=turn)
 
-        ref = upload_ref(image.id)
+        ref = upload_ref(image.id, turn.name)
         await self._data(self._inspector.publish, ref, image, info, spool.inspection, record)
         return published[-1]
 

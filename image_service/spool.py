@@ -16,6 +16,7 @@ from image_service.bodies import BUFFER_BYTES, Piece
 from image_service.inspection import Inspection
 from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
 from imaging.digests import Digest
+from imaging.kv.leases import Fence
 from imaging.threads import Offload
 
 T = TypeVar("T")
@@ -72,8 +73,10 @@ class Spool:
         *,
         keep: bool,
         inspect: Callable[[], Inspection | None],
+        turn: Fence | None = None,
     ) -> None:
         self._keep = keep
+        self._turn = turn
         self._inspect = inspect
         self.inspection = None if writer.offset_bytes else inspect()
         """What has seen every byte so far; None if nothing has."""
@@ -93,8 +96,12 @@ class Spool:
         max_bytes: int,
         keep: bool = True,
         inspect: Callable[[], Inspection | None] = lambda: None,
+        turn: Fence | None = None,
     ) -> Spool:
-        """Start or resume the ingest a reservation was made for; it is also the name of its lease."""
+        """Start or resume the ingest a reservation was made for; it is also the name of its lease.
+
+        With a ``turn`` nothing is written once that is over: LeaseLostError, and the ingest is left as it is.
+        """
 
         def start() -> BlobWriter:
             blobs.lease(reservation.ref, ttl_s=LEASE_TTL_S)
@@ -102,7 +109,7 @@ class Spool:
 
         task = asyncio.ensure_future(offload(start))
         try:
-            return cls(await settled(task), offload, reservation, keep=keep, inspect=inspect)
+            return cls(await settled(task), offload, reservation, keep=keep, inspect=inspect, turn=turn)
         except asyncio.CancelledError:
             if task.exception() is None:
                 await settled(offload(task.result().close))
@@ -140,17 +147,29 @@ class Spool:
             if isinstance(outcome, BaseException):
                 raise outcome
 
+    @property
+    def _is_lost(self) -> bool:
+        """Whether somebody else may be writing this ingest."""
+        return self._turn is not None and self._turn.is_lost
+
+    def _check_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.check()
+
     def _write(self, piece: Piece) -> None:
+        self._check_turn()
         self._writer.write(piece)
         self._reservation.receive(self._writer.offset_bytes)
 
     async def checkpoint(self) -> int:
         """Make everything taken so far durable; how much that is."""
         await self._flush()
+        self._check_turn()
         return await settled(self._offload(self._writer.checkpoint))
 
     async def restart(self) -> None:
         """Forget everything taken so far."""
+        self._check_turn()
         self._buffer = bytearray()
         await settled(self._offload(self._writer.restart))
         self._written_bytes = 0
@@ -159,16 +178,17 @@ class Spool:
     async def commit(self, *, digest: Digest | None = None, size_bytes: int | None = None) -> BlobInfo:
         """Publish the blob."""
         await self._flush()
+        self._check_turn()
         return await settled(self._offload(self._writer.commit, digest=digest, size_bytes=size_bytes))
 
     async def abort(self) -> None:
         """Forget the ingest."""
         self._buffer = bytearray()
-        await settled(self._offload(self._writer.abort))
+        await settled(self._offload(self._writer.abandon if self._is_lost else self._writer.abort))
 
     async def close(self) -> None:
         """Let go of the ingest and keep it, as far as it was handed on."""
-        await settled(self._offload(self._writer.close))
+        await settled(self._offload(self._writer.abandon if self._is_lost else self._writer.close))
 
     async def __aenter__(self) -> Spool:
         return self

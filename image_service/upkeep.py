@@ -10,13 +10,14 @@ import msgspec
 from aiohttp import web
 
 from image_service.collector import Collector
+from image_service.importer import Importer
 from image_service.inspector import Inspector
 from image_service.lifecycle import Image
 from image_service.said import parse_size
 from image_service.scrubbing import Scrubber
 from image_service.spool import Pools, settled
 from image_service.uploads import Uploads
-from imaging.errors import InvalidArgumentError, MistifyError
+from imaging.errors import BusyError, InvalidArgumentError, MistifyError
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +28,16 @@ class Upkeep:
     """Keeps the service's stores tidy and sound."""
 
     def __init__(
-        self, collector: Collector, uploads: Uploads, scrubber: Scrubber, inspector: Inspector, pools: Pools
+        self,
+        collector: Collector,
+        uploads: Uploads,
+        scrubber: Scrubber,
+        inspector: Inspector,
+        importer: Importer,
+        pools: Pools,
     ) -> None:
         self._inspector = inspector
+        self._importer = importer
         self._collector = collector
         self._uploads = uploads
         self._scrubber = scrubber
@@ -42,6 +50,8 @@ class Upkeep:
             try:
                 await self._uploads.expire()
                 await self._data(self._collector.collect)
+            except BusyError as err:
+                log.info("garbage is another's business: %s", err.message)
             except Exception:
                 log.exception("garbage collection failed")
 
@@ -63,6 +73,7 @@ class Upkeep:
         """Everything, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.keep_collecting(interval_s), name="collect garbage")
+            group.create_task(self._importer.keep_taking_over(), name="take over fetches")
             group.create_task(self.catch_up(), name="look at older images")
             group.create_task(self._scrubber.keep_scrubbing(), name="look whether to scrub")
 

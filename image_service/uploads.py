@@ -15,7 +15,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -127,13 +127,15 @@ class Uploads:
         self._sessions: dict[str, _Session] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._parked = False
-        collector.add_refs(self.refs)
+        collector.add_refs(self.wants)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    def refs(self) -> Collection[str]:
-        """Ingests that may go on (blocking: for the collector at start)."""
-        return {TUS_PREFIX + upload.image.id for upload in self._load()}
+    def wants(self, ref: str) -> bool:
+        """Whether it is the ingest of an upload that may go on (blocking: for the collector)."""
+        return (
+            ref.startswith(TUS_PREFIX) and self._records.engine.get(RECORDS + ref.removeprefix(TUS_PREFIX)) is not None
+        )
 
     def _load(self) -> Sequence[Upload]:
         entries = self._records.engine.list(RECORDS)

@@ -81,6 +81,12 @@ class ConflictError(MistifyError):
     http_status = 409
 
 
+class LeaseLostError(ConflictError):
+    """The turn at something is over: somebody else goes on with it, so leave everything as it is."""
+
+    code = "lease_lost"
+
+
 class BadDataError(MistifyError):
     """Bytes are not what they claim: wrong digest, damaged stream, malformed or dangerous format."""
 

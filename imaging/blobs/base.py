@@ -16,6 +16,8 @@ Rules.
 * Aborting an unknown ref is success. A writer that vanished leaves an ingest that ``ingests()`` shows with its age.
 * A lease protects from the first byte: ``ingest`` takes the lease it belongs to. ``collect`` never removes a blob or ingest that is
   leased, in ``keep``, or younger than ``grace_s``, and it reports what it removed and freed; ``dry_run`` removes nothing.
+* Whoever names a blob for good (a record) does so before its lease ends. So what removes looks at the leases first, then asks ``needed``:
+  a blob that is neither leased nor needed in that order is nobody's, however many processes are at work.
 * ``open`` may verify while reading; a mismatch raises BadDataError before the last piece is handed out and quarantines the
   blob. ``verify`` re-reads one blob and quarantines it if it is damaged.
 * Threads may share a store; one ref has one writer at a time (BusyError).
@@ -26,7 +28,7 @@ TooLargeError (``max_bytes``), BusyError (ref in use), UnavailableError (backend
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, runtime_checkable
@@ -64,6 +66,11 @@ class CollectReport:
     """False if a limit ended it early; the next collection goes on."""
 
 
+def needs_none(_digest: Digest) -> bool:
+    """Nobody needs any blob beyond those that are kept or leased."""
+    return False
+
+
 class BlobWriter(Protocol):
     """One ingest. Use as a context manager: leaving it without commit keeps the ingest for a later resume."""
 
@@ -89,6 +96,9 @@ class BlobWriter(Protocol):
     def close(self) -> None:
         """Let go of the ingest and keep it."""
 
+    def abandon(self) -> None:
+        """Let go of the ingest and leave what is stored exactly as it is: another process writes it now."""
+
     def __enter__(self) -> BlobWriter: ...
     def __exit__(self, *exc: object) -> None: ...
 
@@ -109,6 +119,9 @@ class BlobStore(Protocol):
     def info(self, digest: Digest) -> BlobInfo:
         """The blob; NotFoundError if absent."""
 
+    def find_ingest(self, ref: str) -> IngestInfo | None:
+        """An ingest under way or left behind, or None."""
+
     def open(self, digest: Digest, *, offset_bytes: int = 0, verify: bool = False) -> AbstractContextManager[BinaryIO]:
         """Read a blob from ``offset_bytes``; ``verify`` (whole reads only) checks the digest on the way."""
 
@@ -118,8 +131,8 @@ class BlobStore(Protocol):
     def list(self) -> Iterator[BlobInfo]:
         """Every blob, in digest order."""
 
-    def delete(self, digest: Digest) -> None:
-        """Remove a blob; NotFoundError if absent, BusyError if leased."""
+    def delete(self, digest: Digest, *, needed: Callable[[Digest], bool] = needs_none) -> None:
+        """Remove a blob; NotFoundError if absent, BusyError if it is leased or, asked after the leases, ``needed``."""
 
     def verify(self, digest: Digest) -> None:
         """Re-read and compare; BadDataError (and quarantine) if it is damaged."""
@@ -134,9 +147,15 @@ class BlobStore(Protocol):
         """End a lease; unknown is success."""
 
     def collect(
-        self, keep: Collection[Digest], *, grace_s: float, dry_run: bool = False, limit: int | None = None
+        self,
+        keep: Collection[Digest],
+        *,
+        grace_s: float,
+        dry_run: bool = False,
+        limit: int | None = None,
+        needed: Callable[[Digest], bool] = needs_none,
     ) -> CollectReport:
-        """Remove what nothing keeps; see the rules."""
+        """Remove what nothing keeps; see the rules. ``needed`` has the last word on each blob, after the leases."""
 
     def close(self) -> None:
         """Release the store."""

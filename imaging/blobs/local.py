@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo
+from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo, needs_none
 from imaging.blobs.ingest import Ingest, load_state, recover_ingest, ref_key, remove_ingest
 from imaging.blobs.leases import LeaseBook
 from imaging.blobs.space import RESERVE_FREE_BYTES, Space
@@ -168,6 +168,12 @@ class LocalBlobStore:
             infos = [self._ingest_info(path) for path in self._ingest_directories()]
         return sorted((info for info in infos if info is not None), key=lambda info: info.ref)
 
+    def find_ingest(self, ref: str) -> IngestInfo | None:
+        """See BlobStore."""
+        with self._lock:
+            self._check_open()
+            return self._ingest_info(self._ingests / ref_key(ref))
+
     def _ingest_directories(self) -> Sequence[Path]:
         """What is named like an ingest; a stranger's file is left alone."""
         with os_errors("cannot list the ingests"):
@@ -271,13 +277,15 @@ class LocalBlobStore:
 
     # -- removing --------------------------------------------------------------------------------------------------------
 
-    def delete(self, digest: Digest) -> None:
+    def delete(self, digest: Digest, *, needed: Callable[[Digest], bool] = needs_none) -> None:
         """See BlobStore."""
         with self._lock:
             blob = self.info(digest)
             holders = self._leases.holders(digest, now_s=self._clock())
             if holders:
                 raise BusyError(f"the blob is leased: {digest}", holders)
+            if needed(digest):
+                raise BusyError(f"the blob is needed: {digest}")
             self._unlink(blob)
         fsync_directory(self._blob_path(digest).parent)
 
@@ -306,10 +314,16 @@ class LocalBlobStore:
             self._leases.release(name)
 
     def collect(
-        self, keep: Collection[Digest], *, grace_s: float, dry_run: bool = False, limit: int | None = None
+        self,
+        keep: Collection[Digest],
+        *,
+        grace_s: float,
+        dry_run: bool = False,
+        limit: int | None = None,
+        needed: Callable[[Digest], bool] = needs_none,
     ) -> CollectReport:
         """See BlobStore. ``limit`` bounds the removals. The lock is taken for each removal anew: writers hardly notice."""
-        sweep = Sweep(frozenset(keep), self._clock() - grace_s, dry_run, limit)
+        sweep = Sweep(frozenset(keep), self._clock() - grace_s, dry_run, limit, needed)
         if not dry_run:
             with self._lock:
                 self._check_open()
@@ -345,7 +359,7 @@ class LocalBlobStore:
         with self._lock, contextlib.suppress(NotFoundError):
             blob = self.info(digest)  # again, under the lock: it may have been committed anew
             leased = self._leases.holders(digest, now_s=self._clock())
-            if digest in sweep.keep or leased or blob.created_s > sweep.before_s:
+            if digest in sweep.keep or leased or blob.created_s > sweep.before_s or sweep.needed(digest):
                 sweep.kept += 1
             elif sweep.may_remove():
                 if not sweep.dry_run:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, cast
 
-from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo
+from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo, needs_none
 from imaging.blobs.ingest import ref_key
 from imaging.blobs.s3_assembly import Source, assemble, copy_object
 from imaging.blobs.s3_bucket import S3Bucket, S3Settings, StoredObject
@@ -48,6 +48,7 @@ from imaging.blobs.sweep import QUARANTINE_KEEP_S
 from imaging.digests import Digest
 from imaging.errors import (
     BusyError,
+    ConflictError,
     InvalidArgumentError,
     MistifyError,
     NotFoundError,
@@ -139,7 +140,7 @@ class S3BlobStore:
             self._leases.add(writer.state.lease, digest)  # before the copy: see the module's docstring
         if writer.parts:
             sources = [Source(writer.prefix + part.name, part.etag) for part in writer.all_parts()]
-            assemble(self._bucket, key, sources)
+            self._assemble(writer.ref, key, sources)
         else:
             self._bucket.put(key, writer.buffer)
         stored = self._bucket.head(key)
@@ -149,6 +150,13 @@ class S3BlobStore:
         with self._logged("cannot finish publishing", digest):
             remove_ingest(self._bucket, writer.prefix)
         return BlobInfo(digest, stored.size_bytes, stored.modified_s)
+
+    def _assemble(self, ref: str, key: str, sources: Sequence[Source]) -> None:
+        """Parts that are gone were removed by another process that took the ingest for its own: what is left can be resumed."""
+        try:
+            assemble(self._bucket, key, sources)
+        except (NotFoundError, ConflictError) as err:
+            raise UnavailableError(f"parts of the ingest are gone: {ref[:80]!r}") from err
 
     @contextmanager
     def _logged(self, what: str, digest: Digest) -> Iterator[None]:
@@ -172,6 +180,12 @@ class S3BlobStore:
             if state is not None:
                 infos.append(IngestInfo(state.ref, state.offset_bytes, state.updated_s))
         return sorted(infos, key=lambda info: info.ref)
+
+    def find_ingest(self, ref: str) -> IngestInfo | None:
+        """See BlobStore."""
+        self._check_open()
+        state = load_state(self._bucket, ingest_prefix(ref))
+        return None if state is None else IngestInfo(state.ref, state.offset_bytes, state.updated_s)
 
     def _ingest_prefixes(self) -> Sequence[str]:
         """Of everything that looks like an ingest, with a state or without."""
@@ -275,24 +289,32 @@ class S3BlobStore:
 
     # -- removing --------------------------------------------------------------------------------------------------------
 
-    def delete(self, digest: Digest) -> None:
+    def delete(self, digest: Digest, *, needed: Callable[[Digest], bool] = needs_none) -> None:
         """See BlobStore."""
         with self._lock:
             copies = self._copies(digest)  # before the leases: see the module's docstring
             holders = self._holders(digest)
             if holders:
                 raise BusyError(f"the blob is leased: {digest}", holders)
+            if needed(digest):
+                raise BusyError(f"the blob is needed: {digest}")
             for copy in copies:
                 self._bucket.delete(copy.key)
 
     def collect(
-        self, keep: Collection[Digest], *, grace_s: float, dry_run: bool = False, limit: int | None = None
+        self,
+        keep: Collection[Digest],
+        *,
+        grace_s: float,
+        dry_run: bool = False,
+        limit: int | None = None,
+        needed: Callable[[Digest], bool] = needs_none,
     ) -> CollectReport:
         """See BlobStore. Ages are told by the service's clock."""
         self._check_open()
         self._bucket.sync_clock()
         now = self._bucket.now_s()
-        sweep = Sweep(frozenset(keep), now - grace_s, dry_run, limit)
+        sweep = Sweep(frozenset(keep), now - grace_s, dry_run, limit, needed)
         if not dry_run:
             with self._lock:
                 self._leases.prune()
@@ -328,7 +350,8 @@ class S3BlobStore:
             if not sweep.complete:
                 return
             with self._lock:
-                needed = digest in sweep.keep or leased.has(digest) or not sweep.is_old(newest(copies))
+                needed = digest in sweep.keep or not sweep.is_old(newest(copies)) or leased.has(digest)
+                needed = needed or sweep.needed(digest)
                 self._sweep_blob(digest, copies, sweep, needed=needed)
 
     def _sweep_blob(self, digest: Digest, copies: Sequence[StoredObject], sweep: Sweep, *, needed: bool) -> None:

@@ -297,6 +297,12 @@ class S3BlobWriter:
             if self._open:
                 self._drop()
 
+    def abandon(self) -> None:
+        """See BlobWriter."""
+        with self._lock:
+            if self._open:
+                self._end()
+
     def close(self) -> None:
         """See BlobWriter: what was written is made durable for a later resume."""
         with self._lock:

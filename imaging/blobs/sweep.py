@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from imaging.blobs.base import CollectReport
+from imaging.blobs.base import CollectReport, needs_none
 from imaging.digests import Digest
 
 QUARANTINE_KEEP_S = 7 * 86400.0
@@ -19,6 +20,7 @@ class Sweep:
     before_s: float
     dry_run: bool
     left: int | None
+    needed: Callable[[Digest], bool] = needs_none
     blobs: list[Digest] = field(default_factory=list)
     refs: list[str] = field(default_factory=list)
     freed_bytes: int = 0

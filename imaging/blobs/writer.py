@@ -197,6 +197,10 @@ class LocalBlobWriter:
                 self._settle()
                 self._end()
 
+    def abandon(self) -> None:
+        """See BlobWriter. A local store has one process: the next writer of this ref is one of ours."""
+        self.close()
+
     def __enter__(self) -> LocalBlobWriter:
         return self
 

@@ -13,7 +13,7 @@ Rules.
   the lease, unless the process was paused. Long work outside the KeyValue looks at it between steps (``check``).
 * ``release`` ends the turn at once; on a lost lease it does nothing. Leases end with the process.
 
-Errors: BusyError (held), ConflictError (``check``: lost), InvalidArgumentError (name, ttl), UnavailableError.
+Errors: BusyError (held), LeaseLostError (``check``), InvalidArgumentError (name, ttl), UnavailableError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from imaging.errors import BusyError, ConflictError, InvalidArgumentError, UnavailableError
+from imaging.errors import BusyError, InvalidArgumentError, LeaseLostError, UnavailableError
 from imaging.kv.base import ABSENT, Compare, Delete, KeyValue, Put
 from imaging.kv.checks import check_key
 
@@ -54,7 +54,7 @@ class Fence(Protocol):
         """Whether the turn has ended, as far as the holder can know."""
 
     def check(self) -> None:
-        """ConflictError if the turn has ended."""
+        """LeaseLostError if the turn has ended."""
 
     def release(self) -> None:
         """End the turn."""
@@ -91,9 +91,9 @@ def check_ttl(ttl_s: float) -> None:
         raise InvalidArgumentError(f"a lease lasts {TTL_MIN_S} to {TTL_MAX_S} s, not {ttl_s}")
 
 
-def lost_error(name: str) -> ConflictError:
+def lost_error(name: str) -> LeaseLostError:
     """What a holder whose turn has ended is told."""
-    return ConflictError(f"the lease is lost: {name[:80]!r}")
+    return LeaseLostError(f"the lease is lost: {name[:80]!r}")
 
 
 class EmbeddedFence:

@@ -22,6 +22,7 @@ from image_service.spool import Pools, Spool, settled
 from imaging.blobs.local import LocalBlobStore
 from imaging.digests import Digest
 from imaging.errors import ConflictError, NoSpaceError, NotFoundError, TooLargeError, UnavailableError
+from imaging.kv.leases import Fence
 from imaging.kv.sqlite import SqliteKeyValue
 from tests.fakes.source_server import Source, SourceServer, start_source_server
 
@@ -170,8 +171,8 @@ async def test_upload_shorter_than_announced_is_refused(parts: Parts) -> None:
 async def test_upload_whose_record_can_not_be_stored_leaves_no_blob(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(image: Image) -> None:
-        raise NoSpaceError(f"no space for the record of {image.id}")
+    def refuse(image: Image, *, fence: Fence) -> None:
+        raise NoSpaceError(f"no space for the record of {image.id} under {fence.name}")
 
     monkeypatch.setattr(parts.records, "put", refuse)
     with pytest.raises(NoSpaceError):
@@ -307,12 +308,14 @@ async def test_collector_keeps_what_is_named_or_leased_and_removes_the_rest(part
 
 
 async def test_recovery_ends_the_leases_and_ingests_of_the_dead(parts: Parts) -> None:
-    for ref in (upload_ref("dead"), fetch_ref("unknown")):
+    for ref in (upload_ref("dead", "replica-gone"), fetch_ref("unknown")):
         parts.blobs.lease(ref, ttl_s=3600)
         with parts.blobs.ingest(ref, lease=ref) as writer:
             writer.write(b"left behind")
-    parts.blobs.lease(upload_ref("committed"), ttl_s=3600)
-    with parts.blobs.ingest(upload_ref("committed"), lease=upload_ref("committed")) as writer:
+    parts.blobs.lease(upload_ref("committed", "replica-gone"), ttl_s=3600)
+    with parts.blobs.ingest(
+        upload_ref("committed", "replica-gone"), lease=upload_ref("committed", "replica-gone")
+    ) as writer:
         writer.write(b"no record")
         writer.commit()
     await parts.service.start()
@@ -320,7 +323,7 @@ async def test_recovery_ends_the_leases_and_ingests_of_the_dead(parts: Parts) ->
 
 
 async def test_blob_cannot_be_dropped_between_its_commit_and_its_record(parts: Parts) -> None:
-    ref = upload_ref("new")
+    ref = upload_ref("new", "replica-gone")
     with await parts.pools.data(parts.admission.reserve, ref) as room:
         async with await Spool.open(parts.blobs, parts.pools.data, room, max_bytes=100) as spool:
             await spool.write(b"shared")
