@@ -14,7 +14,7 @@ TEST_PROGRAMS := qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-
 PYTEST_ARGS ?=
 WITHOUT ?=
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run check format test test-zfs bench install clean
+.PHONY: help venv demo run check format test test-zfs bench bench-zfs install clean
 
 help: ## Print every target with what it does
 	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-10s%s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine w
 bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md
 	@scripts/ensure-packages curl=curl
 	$(VENV)/bin/python -m bench
+
+bench-zfs: venv ## Measure the zfs driver beside the zfs program, on the pool of the lab (root; about a quarter of an hour)
+	@[ -e /sys/module/zfs/version ] || modprobe -q zfs 2>/dev/null || tests/lab/setup --no-probe
+	MISTIFY_PATIENCE=8 tests/lab/zfs-vm --udev light --timeout 3600 -- $(VENV)/bin/python -m bench.zfs
 
 install: venv ## Install programs, systemd units and settings (DESTDIR, PREFIX=/usr/local, SYSCONFDIR=/etc)
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' VENV='$(VENV)' scripts/install

@@ -31,7 +31,7 @@ VOLUMES = 2_000
 SNAPSHOTS = 10_000
 SNAPSHOTS_OF_ONE = 10
 VOLUME_BYTES = 1 << 20
-STREAM_BYTES = 128 << 20
+STREAM_BYTES = 256 << 20
 PROGRAM_TIMEOUT_S = 3600
 AT_LEAST_S = 1.0
 """A turn repeats a quick call for that long."""

@@ -70,3 +70,39 @@ def test_link_is_waited_for_in_vain_only_once(node: Path) -> None:
     blind.wait_linked("tank/v", 60.0)
     blind._link_timeout_s = 1e9
     assert blind.wait_linked("tank/v", 1e9) == node
+
+
+def test_confirmed_device_is_not_asked_again_until_another_stands_behind_the_link(
+    node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, asked, number = node.parent / "zvol/tank/v", list[Path](), devices.Number(0xE600, 7)
+
+    def volume_of(path: Path) -> str:
+        asked.append(path)
+        return "tank/v"
+
+    link.symlink_to(node)
+    numbers = {link: number}
+    monkeypatch.setattr(devices, "number_of", numbers.get)
+    monkeypatch.setattr(devices, "volume_of", volume_of)
+    known = devices.Devices(node.parent)
+    for _ in range(3):
+        assert known.wait_linked("tank/v", 60.0, guid=11) == link
+    assert len(asked) == 1
+    numbers[link] = devices.Number(0xE600, 8)  # the number is used again: another node, another inode
+    known.wait_linked("tank/v", 60.0, guid=11)
+    assert len(asked) == 2
+    known.wait_linked("tank/v", 60.0, guid=12)  # another volume of that name
+    assert len(asked) == 3
+    known.wait_linked("tank/v", 60.0)
+    assert len(asked) == 4
+    known.forget()
+    known.wait_linked("tank/v", 60.0, guid=12)
+    assert len(asked) == 5
+
+
+def test_number_is_of_a_block_device_only(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert devices.number_of(tmp_path / "file") is None
+    assert devices.number_of(tmp_path / "absent") is None
+    assert devices.number_of(Path("/dev/null")) is None

@@ -305,10 +305,19 @@ class ZfsDatasets(ZfsCore):
             if not self._index.children(dataset) and not any(self._index.clones(snapshot) for snapshot in snapshots):
                 if snapshots:
                     self._destroy_snapshots_now(snapshots)
-                self._destroy_one(dataset)
+                self._destroy_found(dataset, is_top=dataset == doomed[0])
                 doomed.remove(dataset)
                 return
         raise BusyError(f"cannot destroy {doomed[0]}: its parts need each other", [str(name) for name in doomed])
+
+    def _destroy_found(self, name: DatasetName, *, is_top: bool) -> None:
+        """Destroy one of several; what somebody else destroyed a moment ago is what was wanted."""
+        try:
+            self._destroy_one(name)
+        except NotFoundError:
+            if is_top:
+                raise
+            self._index.remove(name)
 
     def _destroy_snapshots_now(self, snapshots: Sequence[SnapshotName]) -> None:
         self._lzc.destroy_snapshots([str(snapshot) for snapshot in snapshots])
