@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from image_service.imagestore.checking import Finding
+from image_service.imagestore.checking import Finding, StoreCheck
 from image_service.imagestore.oci_checking import OciCheck
 from image_service.imagestore.oci_images import OciImage, OciImages
 from image_service.imagestore.options import STORE_OPTION, URL_OPTION, open_store
@@ -246,7 +246,7 @@ def verify(images: tuple[str, ...], store: str, *, repair: bool, quick: bool, re
         if images:
             findings = _verify_some(opened, images, repair=repair, digests=not quick)
         else:
-            findings = opened.check().verify(repair=repair, digests=not quick)
+            findings = StoreCheck(opened).verify(repair=repair, digests=not quick)
             findings += OciCheck(OciImages(opened), opened).verify(repair=repair, digests=not quick)
     _tell(findings, as_json=as_json)
     if any(not finding.repair for finding in findings):
@@ -260,7 +260,7 @@ def _verify_some(store: ImageStore, images: tuple[str, ...], *, repair: bool, di
         if isinstance(found, OciImage):
             findings += OciCheck(OciImages(store), store).verify_image(found, repair=repair, digests=digests)
         else:
-            findings += store.check().verify_image(found.blob_key, repair=repair, digests=digests)
+            findings += StoreCheck(store).verify_image(found.blob_key, repair=repair, digests=digests)
     return findings
 
 
@@ -286,7 +286,7 @@ def gc(store: str, grace_period: str, keep: tuple[str, ...], *, dry_run: bool) -
     """Remove images nobody has used for a time, and what crashes left."""
     grace_s = _duration_s(grace_period)
     with open_store(store) as opened:
-        removed = opened.check().collect(grace_s=grace_s, keep=keep, dry_run=dry_run)
+        removed = StoreCheck(opened).collect(grace_s=grace_s, keep=keep, dry_run=dry_run)
         oci = OciCheck(OciImages(opened), opened)
         removed += oci.collect(grace_s=grace_s, keep=keep, dry_run=dry_run)
         if not dry_run:

@@ -8,30 +8,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from image_service.imagestore.index import back_up
 from image_service.imagestore.infos import AciInfo
-from image_service.imagestore.keys import hash_to_image_id, hash_to_key, is_key
-from image_service.imagestore.layout import Layout, list_files
-from image_service.imagestore.locks import directory_lock
-from image_service.imagestore.spool import PIECE_BYTES
-from imaging.aci import ImageManifest, canonical_json, parse_manifest
+from image_service.imagestore.keys import hash_to_key, is_key
+from image_service.imagestore.layout import list_files
+from image_service.imagestore.parts import MANIFEST_MODE
+from image_service.imagestore.spool import hash_file
+from image_service.imagestore.store import ImageStore
+from imaging.aci import ImageManifest, canonical_json
 from imaging.aci_image import read_manifest
-from imaging.digests import Digest, MultiHasher
-from imaging.errors import BadDataError, StoreRemovalError, TooLargeError
+from imaging.errors import StoreRemovalError
 from imaging.files import os_errors
-
-if TYPE_CHECKING:
-    from image_service.imagestore.store import ImageStore
-
-LEAVE_TIMEOUT_S = 60.0
-"""How long a rebuild waits for the other users of the store to leave."""
-
-MANIFEST_MODE = 0o660
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +40,6 @@ class Collected:
     name: str
     size_bytes: int
     problem: str = ""
-
-
-def hash_file(path: Path) -> Digest:
-    """The sha512 of a file."""
-    hasher = MultiHasher(["sha512"])
-    with os_errors(f"cannot read {path}"), path.open("rb", buffering=0) as file:
-        while piece := file.read(PIECE_BYTES):
-            hasher.update(piece)
-    return hasher.digest("sha512")
 
 
 class StoreCheck:
@@ -206,60 +185,3 @@ def _named(info: AciInfo, manifest: ImageManifest) -> AciInfo:
         tree_store_size_bytes=info.tree_store_size_bytes,
         image_id=info.image_id,
     )
-
-
-# -- making an index from files ----------------------------------------------------------------------------------------
-
-
-def move_index_aside(layout: Layout) -> None:
-    """Put a lost, damaged or distrusted index among the backups; the next to open the store makes a new one."""
-    with directory_lock(layout.root, exclusive=True, timeout_s=LEAVE_TIMEOUT_S):
-        back_up(layout.index, layout.backups)
-        with os_errors("cannot put the index aside"):
-            for path in layout.index.iterdir():
-                path.unlink()
-
-
-def adopt_files(store: ImageStore) -> list[str]:
-    """Record every sound image among the files that the index does not know or knows less of; their keys.
-
-    An image counts as imported when its file was last written, and as used now, so that a collection does not take what was
-    only forgotten.
-    """
-    adopted = []
-    for key in filter(is_key, list_files(store.layout.blobs)):
-        with store.locks.hold(key, exclusive=True):
-            if _adopt(store, key):
-                adopted.append(key)
-    return adopted
-
-
-def _adopt(store: ImageStore, key: str) -> bool:
-    path = store.layout.blob(key)
-    known = store.infos.find(key)
-    digest = hash_file(path)
-    manifest = _find_manifest(store, key)
-    if manifest is None or hash_to_key(digest) != key:
-        return False  # not an image any more; verify says so
-    stat, document = path.stat(), canonical_json(manifest)
-    store.temporaries.publish_bytes(document, store.layout.manifest(key), mode=MANIFEST_MODE)
-    fresh = AciInfo(
-        blob_key=key,
-        name=manifest.name,
-        import_time_ns=known.import_time_ns if known else stat.st_mtime_ns,
-        last_used_ns=known.last_used_ns if known else store.now_ns(),
-        latest=known.latest if known else False,
-        size_bytes=stat.st_size,
-        image_id=hash_to_image_id(digest),
-    )
-    store.infos.save(fresh, manifest.label_values)
-    return True
-
-
-def _find_manifest(store: ImageStore, key: str) -> ImageManifest | None:
-    """The stored manifest, or the archive's if there is none or it is damaged; None if neither can be read."""
-    with suppress(OSError, BadDataError):
-        return parse_manifest(store.layout.manifest(key).read_bytes())
-    with suppress(BadDataError, TooLargeError), store.layout.blob(key).open("rb") as file:
-        return read_manifest(file.fileno())
-    return None

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from image_service.imagestore.checking import Collected, Finding
 from image_service.imagestore.layout import list_files
-from image_service.imagestore.oci_images import LOCK, OciImage, OciImages, save_image, save_tag
-from image_service.imagestore.oci_reading import collect_parts
+from image_service.imagestore.oci_images import LOCK, OciImage, OciImages
+from image_service.imagestore.parts import StoreParts
 from imaging.digests import Digest, MultiHasher
-from imaging.errors import BadDataError
 from imaging.files import TEMPORARY_PREFIX, os_errors
-from imaging.oci import Descriptor, ImageReference, check_content
-
-if TYPE_CHECKING:
-    from image_service.imagestore.store import ImageStore
+from imaging.oci import Descriptor, ImageReference
 
 PIECE_BYTES = 1 << 20
 
@@ -32,7 +27,7 @@ def _hash(path: Path) -> Digest:
 class OciCheck:
     """Checks over the OCI images of an open store. Each holds the lock that imports and removals hold."""
 
-    def __init__(self, images: OciImages, store: ImageStore) -> None:
+    def __init__(self, images: OciImages, store: StoreParts) -> None:
         self._images = images
         self._store = store
 
@@ -131,33 +126,3 @@ class OciCheck:
                     self._images.delete_locked(image, image.tags)
                 removed.append(Collected(image.digest, ", ".join(image.tags), image.size_bytes))
         return removed
-
-
-def adopt_oci_images(store: ImageStore) -> None:
-    """Record every tagged image whose parts are all there. Tags of images that are not whole any more are left to verify."""
-    images = OciImages(store)
-    with store.locks.hold(LOCK, exclusive=True):
-        known = {image.digest for image in images.list()}
-        for reference, descriptor in images.tag_files.list():
-            parts = _find_parts(store, descriptor)
-            if parts is None:
-                continue
-            with store.index.change() as cursor:
-                if descriptor.digest not in known:
-                    save_image(cursor, descriptor, parts, store.now_ns())
-                save_tag(cursor, reference, descriptor.digest)
-
-
-def _find_parts(store: ImageStore, image: Descriptor) -> dict[str, Descriptor] | None:
-    def read(descriptor: Descriptor) -> bytes:
-        path = store.layout.oci_blob(descriptor.parsed_digest)
-        if not path.exists() or path.stat().st_size != descriptor.size:
-            raise BadDataError(f"{descriptor.digest} is missing")
-        if descriptor.is_index or descriptor.is_manifest:
-            return check_content(descriptor, path.read_bytes())
-        return b""
-
-    try:
-        return collect_parts(image, read)
-    except BadDataError:
-        return None

@@ -14,11 +14,12 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from image_service.imagestore.keys import KEY_MIN_CHARS
 from image_service.imagestore.oci_reading import LayoutArchive, PartFile, read_layout
 from image_service.imagestore.oci_tags import TagFiles
+from image_service.imagestore.parts import StoreParts
 from imaging.digests import Digest
 from imaging.errors import InvalidArgumentError, NotFoundError
 from imaging.files import durable_file, os_errors, write_all
@@ -32,9 +33,6 @@ from imaging.oci import (
     index_json,
     layout_json,
 )
-
-if TYPE_CHECKING:
-    from image_service.imagestore.store import ImageStore
 
 LOCK = "oci"
 
@@ -62,7 +60,7 @@ def _image(row: tuple[Any, ...], tags: Sequence[str]) -> OciImage:
 class OciImages:
     """The OCI images of an open store."""
 
-    def __init__(self, store: ImageStore) -> None:
+    def __init__(self, store: StoreParts) -> None:
         self._store = store
         self._index = store.index
         self.tag_files = TagFiles(store.layout.root / "oci" / "tags")

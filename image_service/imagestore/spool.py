@@ -209,3 +209,12 @@ def fill(target: Temporary, source: Readable) -> tuple[Digest, int]:
     with os_errors("cannot write a temporary file"):
         os.fsync(target.fd)
     return hasher.digest("sha512"), size
+
+
+def hash_file(path: Path) -> Digest:
+    """The sha512 of a file."""
+    hasher = MultiHasher(["sha512"])
+    with os_errors(f"cannot read {path}"), path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            hasher.update(piece)
+    return hasher.digest("sha512")

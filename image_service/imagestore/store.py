@@ -9,23 +9,20 @@ Errors are told in two parts, the step that failed and, as its cause, why. Docst
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
-from image_service.imagestore.checking import StoreCheck, adopt_files, move_index_aside
-from image_service.imagestore.index import Index
-from image_service.imagestore.infos import AciInfo, AciInfos, Remote
+from image_service.imagestore.adopting import adopt_files, adopt_oci_images, move_index_aside
+from image_service.imagestore.infos import AciInfo, Remote
 from image_service.imagestore.keys import KEY_CHARS, KEY_MIN_CHARS, PREFIX, hash_to_image_id, hash_to_key, is_key
 from image_service.imagestore.layout import Layout, list_files
-from image_service.imagestore.locks import KeyLocks, acquire, open_directory
-from image_service.imagestore.oci_checking import adopt_oci_images
+from image_service.imagestore.parts import MANIFEST_MODE, StoreParts
 from image_service.imagestore.reading import VerifyingReader
-from image_service.imagestore.spool import IMPORT_LIMITS, Temporary, TemporaryFiles, fill, open_image
+from image_service.imagestore.spool import IMPORT_LIMITS, Temporary, fill, open_image
 from image_service.imagestore.steps import step
 from imaging.aci import ImageManifest, canonical_json, parse_manifest
 from imaging.aci_image import read_manifest
@@ -36,16 +33,11 @@ from imaging.errors import InvalidArgumentError, MistifyError, NotFoundError, St
 from imaging.files import os_errors, publish
 
 BLOB_MODE = 0o600
-MANIFEST_MODE = 0o660
-
-LEAVE_TIMEOUT_S = 60.0
-"""How long a migration waits for the other users of the store to leave."""
-
 DUMP_VALUE_BYTES = 128
 """How much of each value a dump shows."""
 
 
-class ImageStore:
+class ImageStore(StoreParts):
     """See the module's docstring. Threads and processes share a store; ``close`` releases it."""
 
     def __init__(
@@ -55,42 +47,12 @@ class ImageStore:
         limits: DecompressionLimits = IMPORT_LIMITS,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self.layout = Layout(Path(directory))
-        self.layout.ensure()
-        self.locks = KeyLocks(self.layout.locks)
-        self.temporaries = TemporaryFiles(self.layout.temporary)
-        self.limits = limits
-        self.now_ns = now_ns
-        self._directory_fd = open_directory(self.layout.root, exclusive=False)
+        super().__init__(directory, limits=limits, now_ns=now_ns)
         try:
-            self.index = Index(self.layout.index, self.layout.backups, migrating=self._alone)
-            self.infos = AciInfos(self.index)
             self._complete()
         except BaseException:
-            os.close(self._directory_fd)
+            self.close()
             raise
-        self._closed = False
-
-    @classmethod
-    def rebuild(cls, directory: Path | str) -> ImageStore:
-        """Open a store after putting its index aside and making a new one from the files.
-
-        What only the index knew is lost: remotes, which image is the latest, uses, tree sizes, tags of OCI images.
-        """
-        layout = Layout(Path(directory))
-        layout.ensure()
-        move_index_aside(layout)
-        return cls(directory)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Change our shared lock on the directory into an exclusive one, and back: every other user has to leave."""
-        with os_errors("cannot lock the image store"):
-            acquire(self._directory_fd, self.layout.root, exclusive=True, timeout_s=LEAVE_TIMEOUT_S)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._directory_fd, fcntl.LOCK_SH)
 
     def _complete(self) -> None:
         """After the index was made or migrated: read from the files what it does not know."""
@@ -99,18 +61,16 @@ class ImageStore:
             adopt_oci_images(self)
             self.index.set_complete()
 
-    def close(self) -> None:
-        """Let go of the store; idempotent."""
-        if not self._closed:
-            self._closed = True
-            self.index.close()
-            os.close(self._directory_fd)
+    @classmethod
+    def rebuild(cls, directory: Path | str) -> Self:
+        """Open a store after putting its index aside and making a new one from the files.
 
-    def __enter__(self) -> ImageStore:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        What only the index knew is lost: remotes, which image is the latest, uses, tree sizes, tags of OCI images.
+        """
+        layout = Layout(Path(directory))
+        layout.ensure()
+        move_index_aside(layout)
+        return cls(directory)
 
     # -- temporary files ---------------------------------------------------------------------------------------------
 
@@ -336,9 +296,3 @@ class ImageStore:
             except OSError as err:
                 failed.append(f"{path}: {err.strerror}")
         return failed
-
-    # -- checking ----------------------------------------------------------------------------------------------------
-
-    def check(self) -> StoreCheck:
-        """The check and clean-up of this store."""
-        return StoreCheck(self)

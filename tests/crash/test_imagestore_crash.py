@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from image_service.imagestore.checking import StoreCheck
 from image_service.imagestore.importing import import_image
 from image_service.imagestore.oci_checking import OciCheck
 from image_service.imagestore.oci_images import OciImages
@@ -75,7 +76,7 @@ def _check(directory: Path, context: str) -> int:
     """Everything the index has must be there and whole; the rest is found, said and gone afterwards. How much was found."""
     with ImageStore(directory) as store:
         images = OciImages(store)
-        check, oci = store.check(), OciCheck(images, store)
+        check, oci = StoreCheck(store), OciCheck(images, store)
         found = check.verify() + oci.verify()
         strays = {
             "files without a record",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from image_service.imagestore.checking import StoreCheck
 from image_service.imagestore.store import ImageStore
 from imaging.errors import UnavailableError
 from tests.imagestore.conftest import Clock
@@ -13,7 +14,7 @@ from tests.imagestore.images import aci, blob_of, files, files_of, put, read
 
 
 def _told(store: ImageStore, *, repair: bool = False) -> list[tuple[str, str]]:
-    return [(finding.problem, finding.repair) for finding in store.check().verify(repair=repair)]
+    return [(finding.problem, finding.repair) for finding in StoreCheck(store).verify(repair=repair)]
 
 
 def test_verify_of_a_sound_store_finds_nothing(store: ImageStore) -> None:
@@ -29,7 +30,7 @@ def test_verify_of_a_damaged_image_puts_it_aside(store: ImageStore) -> None:
     blob_of(store, key).write_bytes(data)
     problem = "the image is damaged: its digest is another"
     assert _told(store) == [(problem, "")]
-    assert store.check().verify(digests=False) == []
+    assert StoreCheck(store).verify(digests=False) == []
     assert _told(store, repair=True) == [(problem, "removed from the index, its file is in quarantine")]
     assert _told(store) == []
     assert [info.blob_key for info in store.list_aci_infos()] == [good]
@@ -123,7 +124,7 @@ def test_rebuild_takes_manifests_from_images_and_leaves_damaged_ones_out(tmp_pat
 
 
 def test_rebuild_waits_until_the_others_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("image_service.imagestore.checking.LEAVE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("image_service.imagestore.adopting.LEAVE_TIMEOUT_S", 0.05)
     with ImageStore(tmp_path) as store:
         key = put(store, aci())
         with pytest.raises(UnavailableError, match="stayed locked"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from image_service.imagestore.checking import StoreCheck
 from image_service.imagestore.infos import Remote
 from image_service.imagestore.locks import RETRIES_MAX, KeyLocks, directory_lock, open_locked
 from image_service.imagestore.spool import NAMED_KEEP_S, TemporaryFiles
@@ -113,7 +114,7 @@ def test_collect_takes_what_is_unused_for_longer_than_the_grace(store: ImageStor
     clock.move(100)
     used = put(store, aci(content=b"2"))
     clock.move(100)
-    check = store.check()
+    check = StoreCheck(store)
     assert check.collect(grace_s=200) == []
     assert [item.key for item in check.collect(grace_s=150, dry_run=True)] == [old]
     assert files(store) == files_of(old, used)
@@ -129,7 +130,7 @@ def test_collect_looks_again_under_the_lock(store: ImageStore, clock: Clock, mon
     listed = store.list_aci_infos(["lastused"])
     read(store, key)  # used after the list was made
     monkeypatch.setattr(store, "list_aci_infos", lambda _fields=(): listed)
-    assert store.check().collect(grace_s=500) == []
+    assert StoreCheck(store).collect(grace_s=500) == []
     assert files(store) == files_of(key)
 
 

@@ -118,7 +118,7 @@ def test_store_without_its_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_migration_waits_until_the_others_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("image_service.imagestore.store.LEAVE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("image_service.imagestore.parts.LEAVE_TIMEOUT_S", 0.05)
     with ImageStore(tmp_path):
         with closing(sqlite3.connect(tmp_path / "db" / "index.sqlite")) as database, database:
             database.execute("UPDATE version SET version = 7")

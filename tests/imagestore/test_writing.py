@@ -251,10 +251,10 @@ def test_import_onto_a_full_disk_is_told_as_the_step_and_leaves_nothing(
 
 
 FAILING_STEPS: list[tuple[str, str]] = [
-    ("error importing image", "publish"),
-    ("error importing image manifest", "TemporaryFiles.publish_bytes"),
-    ("error marshalling image manifest", "canonical_json"),
-    ("error copying image", "fill"),
+    ("error importing image", "store.publish"),
+    ("error importing image manifest", "spool.TemporaryFiles.publish_bytes"),
+    ("error marshalling image manifest", "store.canonical_json"),
+    ("error copying image", "store.fill"),
 ]
 
 
@@ -262,7 +262,7 @@ FAILING_STEPS: list[tuple[str, str]] = [
 def test_import_that_fails_at_a_step_tells_it_and_leaves_nothing(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch, outer: str, function: str
 ) -> None:
-    monkeypatch.setattr(f"image_service.imagestore.store.{function}", _raise_full)
+    monkeypatch.setattr(f"image_service.imagestore.{function}", _raise_full)
     with pytest.raises(NoSpaceError) as caught:
         put(store, aci())
     assert caught.value.message == outer
