@@ -9,7 +9,7 @@ TEST_WORKERS ?= $(shell nproc)
 TEST_PROGRAMS := qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd gpg=gnupg gpgv=gpgv \
 	openssl=openssl skopeo=skopeo umoci=umoci etcd=etcd-server swift-proxy-server=swift-proxy \
 	swift-account-server=swift-account swift-container-server=swift-container swift-object-server=swift-object \
-	memcached=memcached
+	memcached=memcached chromium=chromium
 # More words for pytest, for a part of the tests: make test PYTEST_ARGS="tests/unit -k names"
 PYTEST_ARGS ?=
 WITHOUT ?=
@@ -50,7 +50,7 @@ test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine w
 	VENV=$(VENV) tests/lab/test-zfs
 
 bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md
-	@scripts/ensure-packages curl=curl
+	@scripts/ensure-packages curl=curl nginx=nginx-light
 	$(VENV)/bin/python -m bench
 
 bench-zfs: venv ## Measure the zfs driver beside the zfs program, on the pool of the lab (root; about a quarter of an hour)

@@ -77,7 +77,8 @@ def _fetch(url: str, clients: int, workdir: Path) -> float:
     """Every client takes everything, one connection each; megabytes a second in all."""
     config = workdir / "curl.config"
     config.write_text(f'url = "{url}"\noutput = "{os.devnull}"\n' * clients)
-    command = ["curl", "-sSf", "--parallel", "--parallel-immediate", "--parallel-max", str(clients), "-K", str(config)]
+    together = ["--parallel", "--parallel-immediate", "--parallel-max", str(clients)]
+    command = ["curl", "-sSf", "--no-progress-meter", *together, "-K", str(config)]
     with stopwatch() as elapsed:
         subprocess.run(command, check=True, timeout=TIMEOUT_S)
     return mb_per_s(SIZE_MIB * MIB * clients, elapsed())

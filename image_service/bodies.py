@@ -9,6 +9,8 @@ back for the answer and closes it afterwards, as the answer says (``Connection: 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import cast
@@ -32,6 +34,12 @@ BUFFER_BYTES = 1 << 20
 
 BUFFERS = 3
 """One is stored, one is full, one is filled."""
+
+LOW_WATER_BYTES = 256 << 10
+"""The kernel wakes us for so much at once, not for every packet: a wake-up costs as much as copying 200 KiB."""
+
+QUIET_S = 1.0
+"""A connection that does not bring that much in so long is slow: then every packet is taken as it comes."""
 
 _TAKEN = "mistify.body_taken"
 """Key of a request whose connection ends with its answer."""
@@ -151,6 +159,8 @@ class _Receiver(asyncio.BufferedProtocol):
         self._changed = asyncio.Event()
         self._dried_up = False
         self.is_connected = True
+        self._low_water_bytes = 1
+        self._set_low_water(min(LOW_WATER_BYTES, left_bytes))
         transport.set_protocol(self)
         transport.resume_reading()
 
@@ -178,13 +188,18 @@ class _Receiver(asyncio.BufferedProtocol):
         return buffer[:count]
 
     async def _wait(self, stall_timeout_s: float) -> None:
+        """Until something has changed, or nothing has come for so long."""
         before = self._left_bytes
-        self._changed.clear()
-        try:
-            async with asyncio.timeout(stall_timeout_s):
-                await self._changed.wait()
-        except TimeoutError:
-            self._dried_up = self._left_bytes == before
+        for timeout_s in (min(QUIET_S, stall_timeout_s), max(stall_timeout_s - QUIET_S, 0)):
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+                return
+            if self._left_bytes != before:
+                return
+            self._set_low_water(1)
+        self._dried_up = True
 
     def _lend(self, buffer: memoryview | None) -> None:
         back, self._lent = self._lent, buffer
@@ -194,6 +209,7 @@ class _Receiver(asyncio.BufferedProtocol):
 
     def give_back(self) -> None:
         """Let the connection's own protocol have it again."""
+        self._set_low_water(1)
         if self.is_connected and self._transport.get_protocol() is self:
             self._transport.set_protocol(self._owner)
             if not self._transport.is_closing():
@@ -209,6 +225,8 @@ class _Receiver(asyncio.BufferedProtocol):
         """They are there."""
         self._filled += nbytes
         self._left_bytes -= nbytes
+        if self._left_bytes < self._low_water_bytes:
+            self._set_low_water(max(self._left_bytes, 1))
         if self._filled == len(self._filling) or not self._left_bytes:
             self._end_piece()
 
@@ -231,6 +249,12 @@ class _Receiver(asyncio.BufferedProtocol):
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()
+
+    def _set_low_water(self, count_bytes: int) -> None:
+        if count_bytes == self._low_water_bytes or not self.is_connected or self._transport.is_closing():
+            return
+        self._low_water_bytes = count_bytes
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count_bytes)
 
     # -- the connection ----------------------------------------------------------------------------------------------
 

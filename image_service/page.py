@@ -1,4 +1,8 @@
-"""The operator's web page: one document without outside parts, allowed to talk to this service only."""
+"""The operator's web page: one document without outside parts, allowed to talk to this service only.
+
+It is the same for everybody and tells nothing, so it opens without a token, asks for one if the service wants it, and shows it with every
+call: a browser has no other place where an operator could put it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import re
 from importlib.resources import files
 
 from aiohttp import hdrs, web
+
+from rpc.server import OPEN_PATHS
 
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
@@ -26,6 +32,7 @@ class PageEndpoint:
     def add_to(self, app: web.Application) -> None:
         """Route requests here."""
         app.router.add_get("/", self.get)
+        app[OPEN_PATHS].add("/")
 
     async def get(self, _request: web.Request) -> web.Response:
         """GET /: the operator's page."""

@@ -86,6 +86,8 @@ _BEGUN: ContextVar[web.StreamResponse | None] = ContextVar("begun", default=None
 
 LIFECYCLE: web.AppKey[Lifecycle] = web.AppKey("lifecycle", Lifecycle)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
+OPEN_PATHS: web.AppKey[set[str]] = web.AppKey("open_paths", set)
+"""What is given to callers without a token, too, because it tells nothing: a daemon may add to it."""
 
 
 def create_app(
@@ -98,7 +100,7 @@ def create_app(
     logging.getLogger("aiohttp.server").addFilter(_is_our_error)
     app = web.Application(middlewares=[guard.middleware], client_max_size=settings.body_max_bytes)
     app.on_response_prepare.append(guard.finish_headers)
-    app[LIFECYCLE], app[METRICS] = lifecycle, metrics
+    app[LIFECYCLE], app[METRICS], app[OPEN_PATHS] = lifecycle, metrics, guard.open_paths
     app.router.add_get("/healthz", _healthz)
     app.router.add_get("/readyz", _readyz)
     app.router.add_get("/metrics", _metrics)
@@ -133,6 +135,7 @@ class _Guard:
         self._render_error = render_error
         self._access = _AccessLog()
         self._request_ids = _RequestIds()
+        self.open_paths: set[str] = set()
 
     @property
     def middleware(self) -> Middleware:
@@ -180,7 +183,7 @@ class _Guard:
         host = request.headers.get(hdrs.HOST)
         if not self._hosts.passes(host) if host is not None else request.version >= (1, 1):
             return self._render_error(403, f"this server does not answer to the host name {host!r}", "not_permitted")
-        if not self._token.passes(request.headers.get(hdrs.AUTHORIZATION, "")):
+        if request.path not in self.open_paths and not self._token.passes(request.headers.get(hdrs.AUTHORIZATION, "")):
             response = self._render_error(
                 401, "missing or wrong bearer token (Authorization: Bearer ...)", "not_permitted"
             )
@@ -332,7 +335,7 @@ class _RpcEndpoint:
     async def handle(self, request: web.Request) -> web.Response:
         """Answer one request of any HTTP method."""
         refusal = jsonrpc.check_transport(request.method, request.headers.get(hdrs.CONTENT_TYPE, ""))
-        reply = refusal or await self._dispatcher.dispatch(await _read_body(request))
+        reply = refusal or await self._dispatcher.dispatch(await read_body(request))
         headers = {hdrs.CONTENT_TYPE: reply.content_type}
         coding = _coding(request.headers.get(hdrs.ACCEPT_ENCODING, "")) if reply.body else None
         if coding is None:
@@ -341,14 +344,17 @@ class _RpcEndpoint:
         return web.Response(status=reply.status, body=await _compress(reply, coding), headers=headers)
 
 
-async def _read_body(request: web.Request) -> bytes:
+async def read_body(request: web.Request) -> bytes:
+    """A body that is a call or a document, whole; InvalidArgumentError if it stalls or ends early."""
     if request.content.is_eof():
-        return await request.read()
+        return await request.read()  # the usual case: without the cost of a timer
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             return await request.read()
     except TimeoutError as err:
         raise InvalidArgumentError(f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from err
+    except (web.RequestPayloadError, ConnectionError) as err:
+        raise InvalidArgumentError("the request body is malformed or ended early") from err
 
 
 def _coding(accept: str) -> str | None:
