@@ -2,7 +2,8 @@
 
 Virtual machines are offered as qcow2 (a raw disk is converted, a compressed one unpacked), containers as squashfs or tarball, and
 volume streams as ``volume.zfs``, which other clients skip. Incus and LXD also want a small tarball that describes the image, and the
-digest of that tarball followed by the root file. Whatever is made here is stored as a blob: building twice gives the same bytes once.
+digest of that tarball followed by the root file; a unified tarball describes itself. Whatever is made here is stored as a blob:
+building twice gives the same bytes once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from image_service.catalog_tarballs import TarballKind, find_tarball_kind
 from image_service.lifecycle import Image, ImageType
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.compression import Compression, Readable, open_decompressed, sniff
@@ -36,6 +38,9 @@ from imaging.files import os_errors
 PIECE_BYTES = 1 << 20
 HEAD_BYTES = 4096
 """Where every format we know shows itself; a tar's magic is at byte 257."""
+
+RULES = 2
+"""Entries that were built by older rules are built anew."""
 
 BUILD_LEASE = "catalog-build"
 LEASE_TTL_S = 2 * 3600.0
@@ -95,7 +100,9 @@ class CatalogEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 def entry_key(image: Image, labels: CatalogLabels) -> str:
     """Changes when the entry must be built anew."""
-    return hashlib.sha256(msgspec.json.encode([image.digest, image.type, labels], order="deterministic")).hexdigest()
+    return hashlib.sha256(
+        msgspec.json.encode([RULES, image.digest, image.type, labels], order="deterministic")
+    ).hexdigest()
 
 
 def item_path(sha256: str, name: str) -> str:
@@ -111,6 +118,8 @@ class _Root:
     combined: tuple[str, ...]
     """Attributes of the description that hold the digest of both; none: clients of containers do not know such files."""
     info: BlobInfo
+    names: tuple[str, ...] = ()
+    """What else the same file is called: it is offered once under each name."""
 
 
 class _Interruptible:
@@ -162,7 +171,7 @@ class EntryBuilder:
             root = self._root(image)
         except UnsupportedError as err:
             return msgspec.structs.replace(entry, reason=err.message)
-        items = {root.ftype: _item(root.ftype, root.info, root.ftype)}
+        items = {name: _item(name, root.info, name) for name in (root.ftype, *root.names)}
         if root.combined:
             items |= self._descriptions(entry, image, root)
         return msgspec.structs.replace(entry, items=items)
@@ -185,8 +194,16 @@ class EntryBuilder:
         if head.startswith(b"hsqs"):
             return _Root("squashfs", ("combined_squashfs_sha256",), info)
         if head[257:262] == b"ustar":
-            return _Root("root.tar.xz", ("combined_rootxz_sha256", "combined_sha256"), info)
+            return self._tarball_root(info)
         raise UnsupportedError("a container image must be a tarball, a squashfs or a volume stream to be offered")
+
+    def _tarball_root(self, info: BlobInfo) -> _Root:
+        kind = find_tarball_kind(self._blobs, info)
+        if kind is TarballKind.UNIFIED:
+            return _Root("incus_combined.tar.gz", (), info, names=("lxd_combined.tar.gz",))
+        if kind is not TarballKind.ROOTFS:
+            raise UnsupportedError(f"an {kind} is not offered: clients of this catalogue could not start it")
+        return _Root("root.tar.xz", ("combined_rootxz_sha256", "combined_sha256"), info)
 
     def _head(self, info: BlobInfo, compression: Compression) -> bytes:
         """The first bytes, unpacked."""

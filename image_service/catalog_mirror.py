@@ -8,7 +8,7 @@ catalogue and is reported. A file that is missing at the source makes the source
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Mirror:
         chosen = {}
         for product, versions in by_product.items():
             names, _ = resolve_work(versions, (), maximum=self._options.versions_max)
-            chosen.update({(product, name): versions[name] for name in names})
+            chosen.update({(product, name): _without_baseless(versions[name], names) for name in names})
         return chosen
 
     # -- bringing ----------------------------------------------------------------------------------------------------------
@@ -189,6 +189,11 @@ class Mirror:
                 if parent == self._directory or any(parent.iterdir()):
                     return
                 parent.rmdir()
+
+
+def _without_baseless(items: Sequence[StreamItem], versions: Collection[str]) -> list[StreamItem]:
+    """Without deltas to versions the mirror has not: nobody could apply them."""
+    return [item for item in items if item.attributes.get("delta_base", "") in {"", *versions}]
 
 
 class _StaleError(Exception):

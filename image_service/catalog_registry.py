@@ -40,9 +40,16 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 ROOT_FTYPES = {
     ImageType.KVM: ("disk-kvm.img", "disk1.img", "uefi1.img", "qcow2", "volume.zfs"),
-    ImageType.CONTAINER: ("squashfs", "root.squashfs", "root.tar.xz", "root.tar.gz", "tar.gz", "tar.xz"),
+    ImageType.CONTAINER: (
+        "squashfs",
+        "root.squashfs",
+        "root.tar.xz",
+        "root.tar.gz",
+        "incus_combined.tar.gz",
+        "lxd_combined.tar.gz",
+    ),
 }
-"""Files guests run from, best first."""
+"""Files guests run from, best first. Not Ubuntu's ``tar.gz``: that is a disk in a tarball, nothing a container runs from."""
 
 
 class NamedCatalog(msgspec.Struct, frozen=True):
@@ -203,9 +210,14 @@ def _is_named(item: StreamItem, name: str, arch: str) -> bool:
     return any(name == f"{alias}/{item.attributes.get('arch')}" for alias in item.aliases)
 
 
+def _is_machine(item: StreamItem) -> bool:
+    """Whether a tarball holds a virtual machine's disk: nothing of ours runs from such a one."""
+    return item.attributes.get("combined_type") == "virtual-machine"
+
+
 def _best(items: Sequence[StreamItem], name: str, image_type: ImageType) -> StreamItem:
     order = ROOT_FTYPES[image_type]
-    fitting = [item for item in items if item.ftype in order and item.attributes.get("path")]
+    fitting = [item for item in items if item.ftype in order and item.attributes.get("path") and not _is_machine(item)]
     if not fitting:
         has = ", ".join(sorted({item.ftype or item.name for item in items}))
         raise NotFoundError(f"{name!r} has no file for type {image_type}; it has {has}")

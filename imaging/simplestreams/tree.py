@@ -3,6 +3,8 @@
 Signed documents are read in either form, ``.sjson`` or ``.json`` with ``.json.gpg``. Rules as in :mod:`imaging.simplestreams.reader`: only
 the absence of a signed index leads to an unsigned one, and only if that is allowed.
 
+An index may name further indexes; a document that several of them name is read once.
+
 An item's attributes are those of its document, product and version with its own on top, as text; what is no text or number is left
 out. Reading wants what Ubuntu, linuxcontainers.org and Juju publish: downloads and image ids alike.
 """
@@ -33,6 +35,9 @@ from imaging.simplestreams.sources import DataSource
 
 INDEX_PATH = "streams/v1/index.json"
 DATATYPES = frozenset({IMAGE_DOWNLOADS, IMAGE_IDS})
+
+NESTING_MAX = 4
+"""Indexes below indexes. Publishers have one level; without a bound a server could lead on for ever."""
 
 _DIGESTS = ("sha512", "sha256", "md5")
 """Strongest first."""
@@ -215,25 +220,51 @@ class TreeReader:
         self._only_signed = only_signed or verifier is not None
         self._last_seen = last_seen
         self._seen: dict[str, str | None] = {}
+        self._read_paths: set[str] = set()
 
     def read(self, datatypes: Collection[str] = DATATYPES) -> StreamCatalogue:
         """Every document of these kinds; NotFoundError, BadDataError. A tree with keys must be signed throughout."""
-        self._seen = {}
+        self._seen, self._read_paths = {}, set()
         path, data, signed = self._index()
+        self._read_paths.add(path)
+        documents = self._documents(self._parse_index(path, data), datatypes, signed, depth=0)
+        if self._last_seen is not None:
+            self._last_seen.remember(self._seen)
+        info = ResolveInfo(source=self._source.description, signed=bool(signed), index_url=self._source.url(path))
+        return StreamCatalogue(info, documents)
+
+    def _parse_index(self, path: str, data: bytes) -> Index:
         url = self._source.url(path)
         index = decode_document(data, Index, f'cannot unmarshal JSON index metadata at URL "{url}"')
         check_format(index.format, INDEX_FORMAT, url)
         self._fresh(url, index.updated)
-        documents = [
-            self._document(content_id, entry.datatype or "", entry.path or "", signed)
-            for content_id, entry in sorted(index.entries(), key=lambda pair: pair[0])
-            if entry.datatype in datatypes and entry.products
-        ]
-        if self._last_seen is not None:
-            self._last_seen.remember(self._seen)
-        return StreamCatalogue(
-            ResolveInfo(source=self._source.description, signed=bool(signed), index_url=url), documents
-        )
+        return index
+
+    def _documents(
+        self, index: Index, datatypes: Collection[str], signed: str, *, depth: int
+    ) -> list[ProductsDocument]:
+        """The products of an index, and of the indexes it names."""
+        found: list[ProductsDocument] = []
+        for content_id, entry in sorted(index.entries(), key=lambda pair: pair[0]):
+            path, wanted = entry.path or "", entry.datatype in datatypes
+            nested = entry.format == INDEX_FORMAT and (wanted or not entry.datatype)
+            if path in self._read_paths or not (nested or (wanted and entry.products)):
+                continue
+            self._read_paths.add(path)
+            if nested:
+                found += self._nested(path, datatypes, signed, depth=depth + 1)
+            else:
+                found.append(self._document(content_id, entry.datatype or "", path, signed))
+        return found
+
+    def _nested(self, path: str, datatypes: Collection[str], signed: str, *, depth: int) -> list[ProductsDocument]:
+        if depth > NESTING_MAX:
+            raise BadDataError(f"indexes are nested more than {NESTING_MAX} deep")
+        try:
+            data = self._verify(check_path(path), signed)
+        except NotFoundError as err:
+            raise BadDataError(f"cannot read index data, {err.message}") from err
+        return self._documents(self._parse_index(path, data), datatypes, signed, depth=depth)
 
     def _index(self) -> tuple[str, bytes, str]:
         """Path and text of the index, and how it was signed: ``sjson``, ``gpg``, or empty."""

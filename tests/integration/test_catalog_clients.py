@@ -24,6 +24,7 @@ from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import call, upload
 from tests.simplestreams.catalogues import key
 from tests.simplestreams.clients import Client
+from tests.simplestreams.public import unified_tarball
 from tests.simplestreams.tls import Front, tls_front
 from tests.simplestreams.trees import served
 
@@ -41,6 +42,7 @@ def _rootfs() -> bytes:
     return packed.getvalue()
 
 
+UNIFIED = unified_tarball(RANDOM.randbytes(100_000))
 SQUASHFS = b"hsqs" + RANDOM.randbytes(300_000)
 RAW = bytes(1 << 20) + RANDOM.randbytes(200_000) + bytes((1 << 20) - 200_000)
 
@@ -69,12 +71,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         ids = {
             "tarball": upload(service, _rootfs(), image_type="container")["id"],
             "squashfs": upload(service, SQUASHFS, image_type="container")["id"],
+            "unified": upload(service, UNIFIED, image_type="container")["id"],
             "vm": upload(service, RAW)["id"],
             "vm-gz": upload(service, gzip.compress(RAW + bytes(1 << 20)))["id"],
         }
         _label(
             service, ids["squashfs"], os="debian", release="bookworm", version="12", aliases=["debian/12", "bookworm"]
         )
+        _label(service, ids["unified"], os="void", release="current", aliases=["void/current"])
         _label(
             service, ids["vm"], os="debian", release="bookworm", variant="cloud", version="12", aliases=["debian/12"]
         )
@@ -100,8 +104,9 @@ def _expected(site: Site) -> dict[str, str]:
     for product in products.values():
         for version in product["versions"].values():
             items = version["items"]
-            combined = next(v for k, v in sorted(items["incus.tar.xz"].items()) if k.startswith("combined"))
-            found[product["aliases"].split(",")[0]] = combined
+            meta = items.get("incus.tar.xz", {})
+            combined = [value for key, value in sorted(meta.items()) if key.startswith("combined")]
+            found[product["aliases"].split(",")[0]] = (combined or [items["incus_combined.tar.gz"]["sha256"]])[0]
     return found
 
 
@@ -110,9 +115,9 @@ def test_client_lists_every_image(site: Site, client: Client) -> None:
     fingerprints = {image["fingerprint"] for image in images}
     index = _document(site, "/streams/v1/index.json")
     products = _document(site, f"/{index['index']['images']['path']}")["products"]
-    assert len(images) == len(products) == 4
+    assert len(images) == len(products) == 5
     assert set(_expected(site).values()) <= fingerprints
-    assert sorted(image["type"] for image in images) == ["container"] * 2 + ["virtual-machine"] * 2
+    assert sorted(image["type"] for image in images) == ["container"] * 3 + ["virtual-machine"] * 2
 
 
 def test_client_shows_an_image_by_alias(site: Site, client: Client) -> None:
@@ -138,6 +143,12 @@ def test_client_exports_files_whose_digests_are_ours(site: Site, client: Client,
         root = next(path for path in files if path.read_bytes().startswith(b"QFI\xfb"))
         assert root.stat().st_size < len(RAW), "zeros take no room"
         _check_qcow2(root)
+
+
+def test_client_exports_a_unified_tarball_as_it_came(site: Site, client: Client) -> None:
+    client.run("image", "export", "x:void/current", str(client.home))
+    [file] = [path for path in client.home.iterdir() if path.is_file()]
+    assert file.read_bytes() == UNIFIED
 
 
 def _check_qcow2(path: Path) -> None:

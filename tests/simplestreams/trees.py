@@ -17,6 +17,9 @@ from typing import Any
 from imaging.simplestreams.signing import Signer
 from tests.simplestreams.catalogues import key
 
+HOLD_MAX_S = 300
+"""The longest a test lets a client wait in the middle of a file."""
+
 DATE = "Wed, 01 May 2024 13:31:26 +0000"
 
 
@@ -125,6 +128,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((path, self.headers.get("Range", "")))
             limit = self.server.break_after.pop(path, None)
+            hold = self.server.hold_after.get(path)
             status = self.server.refuse.get(path)
         file = Path(self.directory) / path
         self.close_connection = True
@@ -139,6 +143,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
+        if hold is not None:
+            self.wfile.write(data[begin : begin + hold])
+            self.wfile.flush()
+            self.server.released.wait(HOLD_MAX_S)
+            return
         self.wfile.write(data[begin:] if limit is None else data[begin : begin + limit])
 
     def log_message(self, *_: Any) -> None:
@@ -153,6 +162,8 @@ class TreeServer(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.requests: list[tuple[str, str]] = []
         self.break_after: dict[str, int] = {}
+        self.hold_after: dict[str, int] = {}
+        self.released = threading.Event()
         self.refuse: dict[str, int] = {}
 
     @property
@@ -168,5 +179,6 @@ def served(directory: Path) -> Iterator[TreeServer]:
         try:
             yield server
         finally:
+            server.released.set()
             server.shutdown()
             thread.join(30)

@@ -15,6 +15,9 @@ from image_service.catalog_entries import CatalogLabels, EntryBuilder
 from image_service.lifecycle import Image, ImageStatus, ImageType
 from imaging.blobs.local import LocalBlobStore
 from imaging.errors import UnavailableError
+from tests.imagestore.images import PACKERS, aci, entry, tar
+from tests.imagestore.test_oci_images import Layout
+from tests.simplestreams.public import unified_tarball
 
 WHEN = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 
@@ -58,3 +61,33 @@ def test_build_is_given_up_when_the_service_ends(tmp_path: Path) -> None:
         builder.build(image, CatalogLabels())
     assert [info.digest for info in blobs.list()] == [image.blob], "nothing half-built became a blob"
     blobs.close()
+
+
+def built(directory: Path, data: bytes) -> tuple[list[str], str]:
+    """What a container image is offered as, or why it is not."""
+    (directory / "blobs").mkdir()
+    blobs = LocalBlobStore(directory / "blobs")
+    made = EntryBuilder(blobs, directory).build(stored(blobs, data, ImageType.CONTAINER), CatalogLabels())
+    blobs.close()
+    return sorted(made.items), made.reason
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+def test_unified_tarball_is_offered_as_such_under_both_names(tmp_path: Path, packing: str) -> None:
+    data = PACKERS[packing](unified_tarball(mode="w"))
+    assert built(tmp_path, data) == (["incus_combined.tar.gz", "lxd_combined.tar.gz"], "")
+
+
+@pytest.mark.parametrize("packing", sorted(PACKERS))
+def test_plain_root_file_system_is_offered_with_a_description(tmp_path: Path, packing: str) -> None:
+    rootfs = tar(entry("./etc", None), entry("./etc/motd", b"hello"), entry("./big", bytes(20 << 20)))
+    assert built(tmp_path, PACKERS[packing](rootfs)) == (["incus.tar.xz", "lxd.tar.xz", "root.tar.xz"], "")
+
+
+def test_app_container_or_layout_is_not_offered_as_a_root_file_system(tmp_path: Path) -> None:
+    layout = Layout()
+    layout.tag(layout.image(b"layer"), "v1")
+    for name, data in (("app container", aci()), ("OCI layout", layout.pack())):
+        (tmp_path / name).mkdir()
+        reason = f"an {name} is not offered: clients of this catalogue could not start it"
+        assert built(tmp_path / name, data) == ([], reason)

@@ -15,6 +15,7 @@ from imaging.simplestreams.signing import Verifier
 from imaging.simplestreams.sources import FileSource
 from imaging.simplestreams.tree import Filter, ProductsDocument, TreeReader, resolve_work, with_names
 from tests.simplestreams.catalogues import key
+from tests.simplestreams.public import document, index, products_entry, write_documents
 from tests.simplestreams.trees import default_products, product, write_tree
 
 
@@ -167,6 +168,53 @@ def test_tree_of_image_ids_is_read_too(tmp_path: Path) -> None:
     index = tmp_path / "streams/v1/index.json"
     index.write_text(index.read_text().replace("image-downloads", "image-ids"))
     assert [item.attributes["id"] for item in TreeReader(FileSource(tmp_path)).read().items()] == ["ami-1"]
+
+
+# -- indexes in indexes ----------------------------------------------------------------------------------------------------
+
+
+def nested_tree(base: Path, levels: int, *, signer: str = "", datatype: str = "") -> Path:
+    """A tree whose index leads to its products over so many further indexes, and each of those to the first one, too."""
+    products = {"p": product(base, "jammy", "amd64", ["20240101"])}
+    documents: dict[str, Any] = {"images": document("images", "image-downloads", products)}
+    entry: dict[str, Any] = products_entry("images", "image-downloads", products)
+    for level in range(levels, 0, -1):
+        first = {"format": "index:1.0", "path": "streams/v1/index.json"}
+        documents[f"level-{level}"] = index(images=entry, back=first)
+        entry = {"format": "index:1.0", "path": f"streams/v1/level-{level}.json"}
+        entry |= {"datatype": datatype} if datatype else {}
+    return write_documents(base, documents | {"index": index(more=entry, twice=entry)}, signer=signer)
+
+
+@pytest.mark.parametrize("signer", ["", "catalogue"])
+@pytest.mark.parametrize("datatype", ["", "image-downloads"])
+def test_index_that_names_indexes_is_followed_and_each_document_read_once(
+    tmp_path: Path, signer: str, datatype: str
+) -> None:
+    base = nested_tree(tmp_path, 2, signer=signer, datatype=datatype)
+    catalogue = (reader(base) if signer else TreeReader(FileSource(base))).read(["image-downloads"])
+    assert (catalogue.info.signed, len(catalogue.documents)) == (bool(signer), 1)
+    assert found(base, "jammy") == "p 20240101 disk1.img"
+
+
+def test_index_of_another_datatype_is_not_followed(tmp_path: Path) -> None:
+    base = nested_tree(tmp_path, 1, datatype="content-download")
+    assert TreeReader(FileSource(base)).read().documents == []
+
+
+def test_index_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    assert TreeReader(FileSource(nested_tree(tmp_path / "4", 4))).read().documents
+    with pytest.raises(BadDataError, match="nested more than 4 deep"):
+        TreeReader(FileSource(nested_tree(tmp_path / "5", 5))).read()
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("streams/v1/gone.json", "cannot read index data"), ("../x.json", "leaves")]
+)
+def test_index_that_names_no_index_is_refused(tmp_path: Path, path: str, says: str) -> None:
+    write_documents(tmp_path, {"index": index(more={"format": "index:1.0", "path": path})})
+    with pytest.raises(BadDataError, match=says):
+        TreeReader(FileSource(tmp_path)).read()
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------------
