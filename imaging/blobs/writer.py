@@ -18,7 +18,7 @@ FLUSH_BYTES = 256 << 10
 """Smaller pieces are gathered to this: hashing and writing below it cost more in calls than in bytes."""
 
 CHECKPOINT_BYTES = 1 << 30
-"""A power cut costs at most this much of an ingest whose writer never asks for a checkpoint; each one makes the writer wait for the disk."""
+"""A power cut costs at most this much of an ingest whose writer never asks for a checkpoint; each makes it wait for the disk."""
 
 BLOB_MODE = 0o444
 """Blobs never change."""
