@@ -27,11 +27,21 @@ from agent_image.fetch_spool import Spool, Spools
 from agent_image.guests_space import SpaceLedger
 from agent_image.store_images import PROPERTY_IMAGE, Images, mark, parse_image_id
 from imaging.digests import Digest, MultiHasher
-from imaging.errors import BadDataError, MistifyError, NoSpaceError, NotFoundError, UnavailableError
+from imaging.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    MistifyError,
+    NoSpaceError,
+    NotFoundError,
+    UnavailableError,
+)
 from imaging.names import DatasetName, SnapshotName
 
 RAW_SNAPSHOT = "image"
 """Snapshot of an image that came as a raw disk; a stream brings its own name."""
+
+KIND_MAX_CHARS = 64
+"""Of an image's type: ``kvm`` and ``container`` are those in use, and the pool keeps it with the image."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +58,8 @@ class FetchOrder(msgspec.Struct, frozen=True, kw_only=True):
     def checked(cls, image_id: str, *, kind: str = "", source: str = "", digest: str = "") -> FetchOrder:
         """From a request: InvalidArgumentError, InvalidNameError."""
         expected = str(Digest.parse(digest)) if digest else ""
+        if kind and not _is_kind(kind):
+            raise InvalidArgumentError(f"not a type of image: {kind[:80]!r}")
         return cls(id=parse_image_id(image_id), type=kind, source=check_source(source), digest=expected)
 
     @property
@@ -188,7 +200,7 @@ class Fetcher:
             facts = mark(
                 order.id,
                 snapshot,
-                kind=order.type or body.type or offer.kind,
+                kind=next(filter(_is_kind, (order.type, body.type, offer.kind)), ""),
                 source=order.source and shown_url(offer.url),
                 digest=offer.digest or str(hasher.digest()),
             )
@@ -243,6 +255,11 @@ class Fetcher:
         info = self._driver.receive(incoming @ snapshot, stream, origin=origin)
         if info.volsize_bytes is None:
             raise BadDataError("the image is the stream of a filesystem, not of a volume")
+
+
+def _is_kind(text: str) -> bool:
+    """Whether a text can be what an image is for; servers say all kinds of things."""
+    return 0 < len(text) <= KIND_MAX_CHARS and text.isprintable()
 
 
 def _check_digest(url: str, hasher: MultiHasher, expected: Digest | None) -> None:

@@ -147,10 +147,10 @@ def get_response(
         return session.get(url, headers=headers, stream=True, timeout=(limits.connect_s, limits.stall_s))
     except requests.Timeout as err:
         raise UnavailableError(f"timed out while asking for {shown_url(url)}") from err
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as err:
-        raise InvalidArgumentError(f"can't fetch from {shown_url(url)}: not a valid http URL") from err
     except requests.TooManyRedirects as err:
         raise BadDataError(f"more than {REDIRECTS_MAX} redirects from {shown_url(url)}") from err
+    except ValueError as err:  # requests' own for URLs are, and what a redirect that is none makes of urllib is
+        raise InvalidArgumentError(f"can't fetch from {shown_url(url)}: not a valid http URL") from err
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as err:
         raise UnavailableError(f"can't reach {shown_url(url)}") from err
 

@@ -23,6 +23,7 @@ from imaging.names import SnapshotName
 from imaging.threads import Offload
 from rpc.messages import DownloadRequest, from_wire
 from rpc.rest import render_text_error, respond_to_error
+from rpc.server import read_body
 
 PATH = "/snapshots/download"
 
@@ -170,7 +171,7 @@ async def _read(request: web.Request) -> DownloadRequest:
     """The query, or the JSON body; InvalidArgumentError for one that is none."""
     if "id" in request.query:
         return from_wire(DownloadRequest, {name: _value(text) for name, text in request.query.items()})
-    body = await request.read()
+    body = await read_body(request)
     if not body.strip():
         return DownloadRequest()
     try:

@@ -23,6 +23,7 @@ from imaging.digests import Digest
 from imaging.errors import InvalidArgumentError, InvalidNameError, NotFoundError
 from imaging.files import os_errors
 from imaging.names import ImageId
+from rpc.server import read_body
 
 FOREVER = "public, max-age=31536000, immutable"
 ASK_AGAIN = "no-cache"
@@ -91,7 +92,7 @@ class CatalogEndpoints:
         """PUT /catalog/images/{id}."""
         image = await self._service.get(_image_id(request))
         try:
-            labels = msgspec.json.decode(await request.read(), type=CatalogLabels)
+            labels = msgspec.json.decode(await read_body(request), type=CatalogLabels)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
             raise InvalidArgumentError(f"invalid labels: {err}") from err
         _check(labels)

@@ -173,7 +173,12 @@ def _listen(settings: DaemonSettings) -> socket.socket:
 async def _serving(app: web.Application, listener: socket.socket, idle_timeout_s: float) -> AsyncIterator[web.BaseSite]:
     # handlers are not cancelled when their caller hangs up: what was asked for is done; leftovers at the end get a second
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=1.0, lingering_time=LINGER_S, keepalive_timeout=idle_timeout_s
+        app,
+        access_log=None,
+        shutdown_timeout=1.0,
+        lingering_time=LINGER_S,
+        keepalive_timeout=idle_timeout_s,
+        auto_decompress=False,  # a body is what came, as it always was: no bombs, and digests are of what was sent
     )
     await runner.setup()
     try:

@@ -13,7 +13,7 @@ from typing import IO
 import click
 
 from imaging.compression import Compression, Readable, compress_pieces, open_decompressed
-from imaging.errors import InvalidArgumentError
+from imaging.errors import AlreadyExistsError, InvalidArgumentError
 from imaging.files import durable_file, os_errors
 from imaging.sendstream.applied import AppliedVolume
 from imaging.sendstream.validator import Policy, StreamSummary, StreamValidator
@@ -143,7 +143,10 @@ def apply(file: str, volume: Path, *, as_json: bool, dataset: str | None, force:
     if volume.is_block_device() and file != "-":
         _validate(file)  # a device cannot be put back, so look at the whole stream before the first change
     with _stream_input(file) as source:
-        applied = AppliedVolume(volume).apply(source, dataset=dataset, replace=force)
+        try:
+            applied = AppliedVolume(volume).apply(source, dataset=dataset, replace=force)
+        except AlreadyExistsError as err:
+            raise AlreadyExistsError(f"{err.message} (--force lets a full stream replace it)") from err
     state = applied.volume
     if as_json:
         wire = {

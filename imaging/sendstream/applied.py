@@ -100,7 +100,8 @@ class AppliedVolume:
     def _apply(self, source: Readable, dataset: str | None, limits: Limits, *, replace: bool) -> AppliedState:
         base = None if replace else self.find()
         if base is None and not replace and self._has_content():
-            raise AlreadyExistsError(f"there is something that no stream made: {self.path}")
+            what = "no stream has been applied to the device" if self._is_device() else "no stream made what is there"
+            raise AlreadyExistsError(f"{what}: {self.path}")
         before = base.volume if base else None
         if self._is_device():
             return self._apply_in_place(source, base, dataset, limits)

@@ -89,6 +89,19 @@ def test_request_image_many_callers_share_one_fetch(agent: Agent, image_server: 
     assert image_server.requests[image_server.path_of("shared")] == 1
 
 
+def test_request_image_from_another_source_shares_the_fetch_that_runs(
+    agent: Agent, image_server: FakeImageServer
+) -> None:
+    """An image is what its id says: whoever comes second gets the same one, wherever it would have taken it from."""
+    url = image_server.serve("/pub/first.img", disk(5, 2 * MIB), piece_bytes=256 << 10, pause_s=0.05)
+    other = image_server.serve("/pub/second.img", disk(6))
+    first = agent.call("RequestImage", id="two-sources", source=url, wait=False)["images"][0]
+    assert first["status"] in {"pending", "downloading"}
+    answers = [agent.call("RequestImage", id="two-sources", source=source) for source in (other, url, other)]
+    assert all(answer == answers[0] for answer in answers)
+    assert (image_server.requests["/pub/first.img"], image_server.requests["/pub/second.img"]) == (1, 0)
+
+
 @pytest.mark.parametrize("form", ["absolute", "rooted", "relative"])
 def test_request_image_source_in_any_form_is_fetched(agent: Agent, image_server: FakeImageServer, form: str) -> None:
     url = image_server.serve(f"/pub/{form}.img", disk(3))

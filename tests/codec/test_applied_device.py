@@ -58,7 +58,7 @@ def test_full_stream_onto_a_device_clears_what_was_there(device: Path) -> None:
 
 def test_device_that_no_stream_made_is_not_overwritten(device: Path) -> None:
     before = device.read_bytes()
-    with pytest.raises(MistifyError, match="no stream made"):
+    with pytest.raises(MistifyError, match="no stream has been applied to the device"):
         apply(device, "plain-full-s1")
     assert device.read_bytes() == before
 

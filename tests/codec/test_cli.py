@@ -158,7 +158,9 @@ def test_apply_increment_twice_names_the_guid_it_wants(tmp_path: Path) -> None:
 def test_apply_full_stream_onto_something_needs_force(tmp_path: Path) -> None:
     volume = tmp_path / "v"
     volume.write_bytes(b"precious")
-    assert "no stream made" in fail("apply", sample("gen-empty"), volume)
+    told = fail("apply", sample("gen-empty"), volume)
+    assert "no stream made what is there" in told
+    assert "--force" in told
     assert volume.read_bytes() == b"precious"
     succeed("apply", sample("gen-empty"), volume, "--force")
     assert volume.stat().st_size == 8 << 20

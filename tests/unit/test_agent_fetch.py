@@ -281,6 +281,19 @@ async def test_published_image_is_readonly_and_carries_its_mark(world: World, se
         world.write(info.name, b"x")
 
 
+@pytest.mark.parametrize("said", ["x" * 65, "k\tvm", "caf\u00a0e"])
+async def test_type_that_is_none_is_not_believed(world: World, server: FakeImageServer, said: str) -> None:
+    server.serve("img", BODY, headers={"X-Image-Type": said})
+    await fetch(world)
+    assert (await world.store.get_image("img")).type == ""
+
+
+@pytest.mark.parametrize("kind", ["x" * 65, "k\nvm", "\ud800"])
+def test_order_of_a_type_that_is_none_is_refused(kind: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="not a type of image"):
+        FetchOrder.checked("img", kind=kind)
+
+
 def test_source_with_a_password_is_asked_with_it_and_never_shown(tmp_path: Path) -> None:
     with FakeImageServer() as server:
         url = server.serve("/private", b"x", status=404).replace("http://", "http://operator:sesame@")

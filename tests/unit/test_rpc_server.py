@@ -199,6 +199,12 @@ async def test_body_beyond_the_limit_is_413_and_at_the_limit_is_read(client: aio
         }
 
 
+async def test_chunked_body_that_is_malformed_is_400(server: TestServer, caplog: pytest.LogCaptureFixture) -> None:
+    answer = await raw(server, head(f"POST {RPC}", "Transfer-Encoding: chunked") + b"5\r\n{abcd\r\nzz\r\n")
+    assert b" 400 Bad Request\r\n" in answer
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 async def test_body_that_stalls_is_given_up(
     client: aiohttp.ClientSession, server: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
