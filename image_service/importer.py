@@ -27,6 +27,7 @@ from image_service.admission import Reservation
 from image_service.collector import FETCH_PREFIX, Collector, fetch_ref
 from image_service.facts import Facts
 from image_service.fetcher import Body, Fetcher
+from image_service.inspection import Inspection
 from image_service.inspector import Inspector
 from image_service.lifecycle import (
     UNFINISHED,
@@ -34,13 +35,14 @@ from image_service.lifecycle import (
     Image,
     set_downloading,
     set_failed,
+    set_fetched,
     set_finished,
     update_size,
 )
 from image_service.metadata import MetadataStore
 from image_service.spool import LEASE_TTL_S, Pools, Spool, settled
 from image_service.turns import turn_at
-from imaging.blobs.base import BlobStore
+from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import BadDataError, ConflictError, LeaseLostError, MistifyError, NotFoundError, UnavailableError
 from imaging.kv.leases import Fence
@@ -103,6 +105,8 @@ class Importer:
         self._slots = asyncio.Semaphore(limits.fetches_max)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._received: dict[str, int] = {}
+        self._seen: dict[str, Inspection] = {}
+        """What has looked at the bytes of a fetch so far: over its attempts nothing is looked at twice."""
         self._parked = False
 
     # -- what the service calls --------------------------------------------------------------------------------------
@@ -180,6 +184,7 @@ class Importer:
             log.warning("fetch is left to whoever takes it up: %s", err.message, extra={"image_id": image_id})
         finally:
             self._received.pop(image_id, None)
+            self._seen.pop(image_id, None)
 
     async def _have_turn(self, image_id: str, turn: Fence) -> None:
         try:
@@ -237,13 +242,14 @@ class Importer:
 
     async def _attempt(self, image_id: str, turn: Fence) -> None:
         image = await self._offload(self._records.get_by_id, image_id)
-        if image.status not in UNFINISHED:
+        if image.status not in UNFINISHED or await self._is_stored(image, turn):
             return
         limit = self._admission.size_max_bytes
         with await self._offload(self._admission.reserve, fetch_ref(image_id)) as room:
             inspect = functools.partial(self._inspector.begin, image.type)
+            seen = self._seen.pop(image_id, None)
             async with await Spool.open(
-                self._blobs, self._data, room, max_bytes=limit, inspect=inspect, turn=turn
+                self._blobs, self._data, room, max_bytes=limit, inspect=inspect, seen=seen, turn=turn
             ) as spool:
                 self._received[image_id] = spool.offset_bytes
                 try:
@@ -251,8 +257,23 @@ class Importer:
                 except (MistifyError, asyncio.CancelledError):
                     if not turn.is_lost:
                         await spool.checkpoint()  # what is here is kept for the next attempt, or the next start
+                    if spool.inspection is not None:
+                        self._seen[image_id] = spool.inspection
                     raise
                 await settled(self._publish(image, turn, total_bytes, spool))
+
+    async def _is_stored(self, image: Image, turn: Fence) -> bool:
+        """Whether all bytes were stored before a crash came: then only the looking is left, and done."""
+        if not image.fetched_digest:
+            return False
+        digest = Digest.parse(image.fetched_digest)
+        try:
+            await self._data(self._blobs.lease, fetch_ref(image.id), [digest], ttl_s=LEASE_TTL_S)
+            info = await self._data(self._blobs.info, digest)
+        except NotFoundError:
+            return False
+        await settled(self._look(image, turn, info, None))
+        return True
 
     async def _converse(self, image: Image, turn: Fence, spool: Spool, room: Reservation) -> int:
         """Take everything the source has behind what is here; the length it gave."""
@@ -300,6 +321,17 @@ class Importer:
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
         size_bytes = None if total_bytes == UNKNOWN_SIZE else total_bytes
         info = await spool.commit(digest=wanted, size_bytes=size_bytes)
+        try:
+            await self._update(image.id, turn, lambda old: set_fetched(old, info.digest, info.size_bytes))
+        except LeaseLostError:
+            raise
+        except MistifyError:  # nobody wants it any more
+            await self._data(self._collector.discard, fetch_ref(image.id), info.digest)
+            raise
+        await self._look(image, turn, info, spool.inspection)
+
+    async def _look(self, image: Image, turn: Fence, info: BlobInfo, inspection: Inspection | None) -> None:
+        """The bytes are stored: find out to the end what they are, and say so."""
 
         def finish(facts: Facts) -> None:
             now = self._now()
@@ -307,7 +339,7 @@ class Importer:
                 image.id, lambda old: set_finished(old, info.digest, info.size_bytes, facts, now=now), fence=turn
             )
 
-        await self._data(self._inspector.publish, fetch_ref(image.id), image, info, spool.inspection, finish)
+        await self._data(self._inspector.publish, fetch_ref(image.id), image, info, inspection, finish)
 
     async def _update(self, image_id: str, turn: Fence, change: Callable[[Image], Image]) -> Image:
         return await settled(self._offload(self._records.update, image_id, change, fence=turn))

@@ -73,13 +73,16 @@ class Spool:
         *,
         keep: bool,
         inspect: Callable[[], Inspection | None],
+        seen: Inspection | None = None,
         turn: Fence | None = None,
     ) -> None:
         self._keep = keep
         self._turn = turn
         self._inspect = inspect
-        self.inspection = None if writer.offset_bytes else inspect()
+        self.inspection = seen if seen is not None and seen.fed_bytes == writer.offset_bytes else None
         """What has seen every byte so far; None if nothing has."""
+        if not writer.offset_bytes:
+            self.inspection = inspect()
         self._writer = writer
         self._offload = offload
         self._reservation = reservation
@@ -96,10 +99,12 @@ class Spool:
         max_bytes: int,
         keep: bool = True,
         inspect: Callable[[], Inspection | None] = lambda: None,
+        seen: Inspection | None = None,
         turn: Fence | None = None,
     ) -> Spool:
         """Start or resume the ingest a reservation was made for; it is also the name of its lease.
 
+        An inspection that has ``seen`` exactly what is there goes on; what is there and was seen by none is read when it is whole.
         With a ``turn`` nothing is written once that is over: LeaseLostError, and the ingest is left as it is.
         """
 
@@ -109,7 +114,7 @@ class Spool:
 
         task = asyncio.ensure_future(offload(start))
         try:
-            return cls(await settled(task), offload, reservation, keep=keep, inspect=inspect, turn=turn)
+            return cls(await settled(task), offload, reservation, keep=keep, inspect=inspect, seen=seen, turn=turn)
         except asyncio.CancelledError:
             if task.exception() is None:
                 await settled(offload(task.result().close))

@@ -219,6 +219,63 @@ async def test_parked_fetch_keeps_its_bytes_and_goes_on_at_the_next_start(tmp_pa
     await second.close()
 
 
+async def test_fetch_that_broke_is_looked_at_in_one_pass_all_the_same(
+    parts: Parts, server: SourceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_again(*_: object, **__: object) -> None:
+        raise AssertionError("stored bytes were read again")
+
+    monkeypatch.setattr(parts.blobs, "open", read_again)
+    source = Source(DATA, break_after=[100_000, 50_000])
+    image = await parts.service.create(server.add("/broken", source), ImageType.KVM)
+    done = await parts.wait(image.id, ImageStatus.COMPLETE)
+    assert len(source.requests) == 3
+    assert (done.digest, done.unpacked_sha512) == (str(Digest.of(DATA)), str(Digest.of(DATA, "sha512")))
+
+
+async def test_fetch_that_died_while_it_was_looked_at_is_not_fetched_again(
+    tmp_path: Path, server: SourceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    source = Source(DATA)
+    first = Parts(tmp_path)
+    monkeypatch.setattr(first.inspector, "publish", die)
+    image = await first.service.create(server.add("/looked-at", source), ImageType.KVM)
+    await first.wait_until_idle()
+    assert (await first.service.get(image.id)).status is ImageStatus.DOWNLOADING
+    await first.close()
+    second = Parts(tmp_path)
+    await second.service.start()
+    done = await second.wait(image.id, ImageStatus.COMPLETE)
+    assert (done.digest, done.fetched_digest, len(source.requests)) == (str(Digest.of(DATA)), "", 1)
+    assert list(second.blobs.leases()) == []
+    await second.service.delete(image.id)
+    assert (list(second.blobs.list()), list(second.blobs.ingests())) == ([], [])
+    await second.close()
+
+
+async def test_fetch_whose_stored_bytes_are_gone_is_fetched_again(
+    tmp_path: Path, server: SourceServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    source = Source(DATA)
+    first = Parts(tmp_path)
+    monkeypatch.setattr(first.inspector, "publish", die)
+    image = await first.service.create(server.add("/lost", source), ImageType.KVM)
+    await first.wait_until_idle()
+    first.collector.discard(fetch_ref(image.id), Digest.of(DATA))
+    await first.close()
+    second = Parts(tmp_path)
+    await second.service.start()
+    assert (await second.wait(image.id, ImageStatus.COMPLETE)).digest == str(Digest.of(DATA))
+    assert len(source.requests) == 2
+    await second.close()
+
+
 async def test_record_that_was_marked_by_somebody_else_ends_the_fetch(parts: Parts, server: SourceServer) -> None:
     source = Source(DATA, hold_after=1000)
     image = await parts.service.create(server.add("/gone", source), ImageType.KVM)
