@@ -18,6 +18,7 @@ from typing import Protocol
 
 from image_service.lifecycle import UNFINISHED, Image
 from image_service.metadata import MetadataStore
+from image_service.replica import Replica
 from imaging.blobs.base import BlobStore, CollectReport
 from imaging.digests import Digest
 from imaging.errors import BusyError, LeaseLostError, MistifyError, NotFoundError
@@ -85,6 +86,11 @@ class Collector:
         self._grace_s = max(grace_s, GRACE_MIN_S)
         self._caches: list[BlobCache] = []
         self._refs: list[Callable[[str], bool]] = [self._is_owed]
+
+    @property
+    def replica(self) -> Replica:
+        """This process among those that share the stores."""
+        return self._records.replica
 
     def add_cache(self, cache: BlobCache) -> None:
         """From now on keep what ``cache`` keeps."""

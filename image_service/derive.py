@@ -2,29 +2,32 @@
 
 A request names an image and a form (:class:`~image_service.derive_forms.Form`). The form becomes a recipe over stored blobs; the blob
 a recipe made is looked up, or made once for everybody who asks meanwhile (:class:`~image_service.derive_work.SharedWork`). What is
-being made is an ingest under a lease of its own; the lease ends when the index names the blob. A restart forgets unfinished
-ingests and starts anew when somebody asks again.
+being made is an ingest under a lease of its own; the lease ends when the index names the blob. Among the processes that share the
+stores one makes it: the one that has the turn of the ingest's name. When that one dies, whoever is asked next goes on: what the dead one
+stored counts if it is how the work begins now, so that only the rest is stored.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from image_service.admission import Admission
+from image_service.admission import Admission, Reservation
 from image_service.chunks import ChunkHasher, ChunkIndex, ChunkList, compute
 from image_service.collector import Collector
 from image_service.derive_cache import Derived, DerivedIndex
 from image_service.derive_forms import Contents, Form, Recipe, make, resolve
-from image_service.derive_work import DeriveLimits, Guard, SharedWork, Work
+from image_service.derive_work import DeriveLimits, SharedWork, Work
 from image_service.lifecycle import Image
-from imaging.blobs.base import BlobInfo, BlobStore
+from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
 from imaging.digests import Digest
-from imaging.errors import NoSpaceError, NotFoundError
+from imaging.errors import LeaseLostError, NoSpaceError, NotFoundError, UnavailableError
 from imaging.files import make_directory, remove_temporaries
 from imaging.kv.base import KeyValue
+from imaging.kv.leases import Fence
 from imaging.threads import Offload
 
 DERIVE_PREFIX = "derive-"
@@ -34,6 +37,9 @@ LEASE_TTL_S = 3600.0
 
 LEASE_RENEW_S = 600.0
 """How often it gives one: six times within a lease's life."""
+
+TURN_WAIT_S = 0.5
+"""How often to look whether another process has made what is wanted, or died."""
 
 FindBlob = Callable[[str], Awaitable[tuple[Image, BlobInfo]]]
 """A complete image and its blob by id; NotFoundError."""
@@ -75,55 +81,84 @@ class DerivedStore:
 
     def derive(self, recipe: Recipe, work: Work) -> BlobInfo:
         """Make a recipe's blob, unless somebody else has; if there is no room, try again with older derived blobs gone."""
-        found = self.find(recipe)
-        if found is not None:
-            return found
+        while True:
+            found = self.find(recipe)
+            if found is not None:
+                return found
+            turn = self._collector.replica.find_turn(DERIVE_PREFIX + recipe.key)
+            if turn is not None:
+                with turn:
+                    return self.find(recipe) or self._derive_here(recipe, work, turn)
+            work.wait(TURN_WAIT_S)
+
+    def _derive_here(self, recipe: Recipe, work: Work, turn: Fence) -> BlobInfo:
         try:
-            return self._derive(recipe, work)
+            return self._derive(recipe, work, turn)
         except NoSpaceError:
             gone = self.index.make_room(work.done_bytes)
             if not gone:
                 raise
             self._drop(gone)
-            return self._derive(recipe, work)
+            return self._derive(recipe, work, turn)
+        except LeaseLostError as err:
+            raise UnavailableError("the image is being made by another replica; try again later") from err
 
-    def _derive(self, recipe: Recipe, work: Work) -> BlobInfo:
-        ref = DERIVE_PREFIX + recipe.key
+    def _derive(self, recipe: Recipe, work: Work, turn: Fence) -> BlobInfo:
+        ref = turn.name
         started_s = time.monotonic()
-        self._collector.forget(ref)  # what an earlier round left behind
         self._blobs.lease(ref, [recipe.source, *([recipe.base] if recipe.base else [])], ttl_s=LEASE_TTL_S)
         try:
-            info, chunks = self._write(recipe, work, ref)
+            info, chunks = self._write(recipe, work, turn)
             if chunks is not None:
                 self.chunks.save(chunks)
-            self.index.save(recipe, info)
+            self.index.save(recipe, info, turn)
         finally:
-            self._collector.forget(ref)
+            if not turn.is_lost:
+                self._collector.forget(ref)
         seconds = round(time.monotonic() - started_s, 3)
         log.info("image derived", extra={"key": recipe.key, "size_bytes": info.size_bytes, "duration_s": seconds})
         return info
 
-    def _write(self, recipe: Recipe, work: Work, ref: str) -> tuple[BlobInfo, ChunkList | None]:
-        hasher = ChunkHasher()
-        limit = self._admission.size_max_bytes
-        renew_at = time.monotonic() + LEASE_RENEW_S
+    def _write(self, recipe: Recipe, work: Work, turn: Fence) -> tuple[BlobInfo, ChunkList | None]:
+        ref, limit = turn.name, self._admission.size_max_bytes
         with (
             self._admission.reserve(ref) as room,
             self._blobs.ingest(ref, lease=ref, max_bytes=limit) as writer,
         ):
             try:
-                for piece in make(recipe, self._blobs, self.contents, work):
-                    writer.write(piece)
-                    hasher.update(piece)
-                    room.receive(writer.offset_bytes)
-                    if time.monotonic() > renew_at:
-                        renew_at = time.monotonic() + LEASE_RENEW_S
-                        self._blobs.lease(ref, ttl_s=LEASE_TTL_S)
+                hasher = self._go_on(recipe, work, turn, room, writer)
+                if hasher is None:
+                    log.warning("what a dead replica stored is not how this begins", extra={"key": recipe.key})
+                    writer.restart()
+                    hasher = self._go_on(recipe, work, turn, room, writer) or ChunkHasher()
+                turn.check()
                 info = writer.commit()
+            except LeaseLostError:
+                writer.abandon()
+                raise
             except BaseException:
                 writer.abort()
                 raise
         return info, hasher.finish(info.digest)
+
+    def _go_on(
+        self, recipe: Recipe, work: Work, turn: Fence, room: Reservation, writer: BlobWriter
+    ) -> ChunkHasher | None:
+        """Make everything and store what is not stored yet; None if what is stored is something else."""
+        hasher, there = ChunkHasher(), _Beginning(writer)
+        renew_at = time.monotonic() + LEASE_RENEW_S
+        for piece in make(recipe, self._blobs, self.contents, work):
+            turn.check()
+            hasher.update(piece)
+            rest = there.strip(piece)
+            if rest is None:
+                return None
+            writer.write(rest)
+            room.receive(writer.offset_bytes)
+            if time.monotonic() > renew_at:
+                renew_at = time.monotonic() + LEASE_RENEW_S
+                self._blobs.lease(turn.name, ttl_s=LEASE_TTL_S)
+        return hasher if there.is_passed else None
 
     def list_chunks(self, info: BlobInfo, work: Work) -> ChunkList:
         """A blob's chunks, computed if nobody has."""
@@ -157,6 +192,32 @@ class DerivedStore:
             self._collector.drop(digest)
 
 
+class _Beginning:
+    """What an ingest held when it was opened, to be compared with what is made."""
+
+    def __init__(self, writer: BlobWriter) -> None:
+        self._left_bytes = writer.offset_bytes
+        self._digest = writer.digest()
+        self._hasher = hashlib.sha256()
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether everything that was there was made again."""
+        return self._left_bytes == 0
+
+    def strip(self, piece: bytes | memoryview) -> memoryview | None:
+        """The part of a piece that is not there yet; None if what is there turns out to be something else."""
+        view = memoryview(piece)
+        if self.is_passed:
+            return view
+        known = view[: self._left_bytes]
+        self._hasher.update(known)
+        self._left_bytes -= len(known)
+        if self._left_bytes == 0 and self._hasher.hexdigest() != self._digest.hex:
+            return None
+        return view[len(known) :]
+
+
 class Deriver:
     """See the module's docstring. Lives on one event loop: construct, ``recover``, use, ``close``."""
 
@@ -168,14 +229,13 @@ class Deriver:
         directory: Path,
         *,
         limits: DeriveLimits,
-        guard: Guard | None = None,
     ) -> None:
         self._find_blob = find_blob
         self._store = store
         self._offload = offload
         make_directory(directory)
         remove_temporaries(directory)
-        self._work = SharedWork(directory, limits, guard)
+        self._work = SharedWork(directory, limits)
 
     @property
     def running(self) -> int:

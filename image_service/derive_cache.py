@@ -24,8 +24,9 @@ from image_service.derive_forms import Recipe
 from image_service.derive_work import DeriveLimits
 from imaging.blobs.base import BlobInfo
 from imaging.digests import Digest
-from imaging.errors import ConflictError
+from imaging.errors import ConflictError, LeaseLostError
 from imaging.kv.base import Compare, Delete, Entry, KeyValue, Put, put
+from imaging.kv.leases import Fence
 
 PREFIX = "derived/"
 
@@ -80,12 +81,16 @@ class DerivedIndex:
                 put(self._store, entry.key, msgspec.json.encode(newer), expect=entry.revision)
         return derived
 
-    def save(self, recipe: Recipe, info: BlobInfo) -> Derived:
-        """Remember what a recipe made. The blob must be leased until this has returned."""
+    def save(self, recipe: Recipe, info: BlobInfo, turn: Fence | None = None) -> Derived:
+        """Remember what a recipe made, during a turn. The blob must be leased until this has returned."""
         now = self._clock()
         sources = (str(recipe.source), *([str(recipe.base)] if recipe.base else []))
         derived = Derived(digest=str(info.digest), size_bytes=info.size_bytes, sources=sources, made_s=now, used_s=now)
-        put(self._store, PREFIX + recipe.key, msgspec.json.encode(derived))
+        entry = Put(PREFIX + recipe.key, msgspec.json.encode(derived))
+        try:
+            self._store.transact([entry], [turn.compare] if turn else [])
+        except ConflictError as err:
+            raise LeaseLostError(f"the lease is lost: {recipe.key}") from err
         return derived
 
     def forget(self, recipe: Recipe) -> None:

@@ -4,8 +4,7 @@ One piece of work per key at a time; whoever asks for the same key meanwhile wai
 long enough is told to come again (UnavailableError, with Retry-After on the wire) while the work goes on. What failed for good is
 remembered for a while, so that a client that comes again gets the reason and not another round of the same work.
 
-Several servers over one store: give :class:`SharedWork` a :class:`Guard` that holds a lease of the key; the work looks for a result
-of somebody else's once it has the guard.
+That is among the requests of one process. Among processes the work itself takes a turn (:meth:`Work.wait` while it is another's).
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from imaging.errors import InternalError, MistifyError, NoSpaceError, UnavailableError
 from imaging.files import free_bytes
@@ -56,21 +54,6 @@ class DeriveLimits:
     """Stays free on the disk of the temporary files."""
 
 
-class Guard(Protocol):
-    """One derivation per key over all processes that share a store."""
-
-    def hold(self, key: str) -> AbstractContextManager[object]:
-        """Hold the key; blocks until it is free, UnavailableError if that takes too long."""
-
-
-class NoGuard:
-    """One process has the store to itself."""
-
-    def hold(self, key: str) -> AbstractContextManager[object]:  # noqa: ARG002 - the contract's
-        """Nothing to hold."""
-        return nullcontext()
-
-
 class Work:
     """One piece of work as its thread sees it: told what was done, it says when to stop."""
 
@@ -98,6 +81,11 @@ class Work:
             self._checked_bytes = self.done_bytes
             self.check_room()
 
+    def wait(self, pause_s: float) -> None:
+        """Nothing can be done for a while; raises if the work has to end."""
+        self._stop.wait(pause_s)
+        self.step(0)
+
     def check_room(self) -> None:
         """NoSpaceError before temporary files fill the disk."""
         if free_bytes(self.directory) < self.limits.free_min_bytes:
@@ -113,10 +101,9 @@ class _Failure:
 class SharedWork:
     """See the module's docstring. Lives on one event loop; ``close`` ends what is running."""
 
-    def __init__(self, directory: Path, limits: DeriveLimits, guard: Guard | None = None) -> None:
+    def __init__(self, directory: Path, limits: DeriveLimits) -> None:
         self._directory = directory
         self._limits = limits
-        self._guard = guard or NoGuard()
         self._threads = Offload("derive", limits.derivations_max)
         self._slots = asyncio.Semaphore(limits.derivations_max)
         self._tasks: dict[str, tuple[asyncio.Task[Any], Work]] = {}
@@ -156,13 +143,12 @@ class SharedWork:
     async def _run(self, work: Work, make: Callable[[Work], T]) -> T:
         async with self._slots:
             self.started += 1
-            return await self._threads(self._guarded, work, make)
+            return await self._threads(self._make, work, make)
 
-    def _guarded(self, work: Work, make: Callable[[Work], T]) -> T:
+    def _make(self, work: Work, make: Callable[[Work], T]) -> T:
         try:
             work.step(0)
-            with self._guard.hold(work.key):
-                return make(work)
+            return make(work)
         except MistifyError:
             raise
         except Exception as err:

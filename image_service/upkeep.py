@@ -109,12 +109,12 @@ class Upkeep:
 
     async def scrub(self, request: web.Request) -> web.Response:
         """POST /upkeep/scrub: begin to read everything again."""
-        self._scrubber.start()
+        await self._scrubber.start()
         return await self.scrubbed(request, status=202)
 
     async def scrubbed(self, _request: web.Request, *, status: int = 200) -> web.Response:
         """GET /upkeep/scrub: the pass that runs, or the last one."""
-        report = self._scrubber.report
+        report = await self._scrubber.report()
         return _json(
             status,
             {

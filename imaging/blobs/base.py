@@ -81,6 +81,9 @@ class BlobWriter(Protocol):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append; NoSpaceError or TooLargeError leave the offset where it was."""
 
+    def digest(self) -> Digest:
+        """The sha256 of everything written so far."""
+
     def checkpoint(self) -> int:
         """Make what was written durable; the offset a resume starts from."""
 

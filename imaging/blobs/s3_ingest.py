@@ -173,7 +173,7 @@ class S3BlobWriter:
         return self.state.ref
 
     def digest(self) -> Digest:
-        """Of everything written."""
+        """See BlobWriter."""
         hasher = self._hasher.copy()
         hasher.update(self.buffer)
         return Digest("sha256", hasher.hexdigest())

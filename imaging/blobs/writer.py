@@ -121,6 +121,13 @@ class LocalBlobWriter:
                 self._settle()
             return self.offset_bytes
 
+    def digest(self) -> Digest:
+        """See BlobWriter."""
+        with self._lock:
+            self._check_open()
+            self._flush()
+            return self._files.hasher.digest()
+
     def restart(self) -> None:
         """See BlobWriter."""
         with self._lock:

@@ -17,10 +17,11 @@ from image_service.derive_cache import EVICT_GRACE_S, PREFIX, DerivedIndex
 from image_service.derive_forms import Recipe, Shape
 from image_service.derive_work import DeriveLimits, SharedWork, Work
 from imaging.blobs.base import BlobInfo
+from imaging.blobs.writer import LocalBlobWriter
 from imaging.compression import Compression
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InternalError, NoSpaceError, NotFoundError, UnavailableError
-from imaging.kv.base import put
+from imaging.kv.base import Delete, Put, put
 from imaging.kv.sqlite import SqliteKeyValue
 from tests.fakes.derive_world import LIMITS, DeriveWorld, open_derive_world
 from tests.fakes.disk_files import changed, disk_bytes
@@ -209,20 +210,46 @@ async def test_work_ends_when_the_service_stops_or_time_or_room_is_up(tmp_path: 
         await asked
 
 
-async def test_guard_is_held_while_the_work_is_done(tmp_path: Path) -> None:
-    held: list[str] = []
+async def test_derivation_waits_for_whoever_has_its_turn(world: DeriveWorld) -> None:
+    world.add("old", OLD)
+    first = await world.info("old", format="zvol")
+    (entry,) = world.engine.list(PREFIX)
+    world.engine.transact([Delete(entry.key)])
+    with world.records.replica.acquire(f"derive-{entry.key.removeprefix(PREFIX)}"):
+        asked = asyncio.create_task(world.info("old", format="zvol"))
+        await asyncio.wait([asked], timeout=1.0)
+        assert not asked.done()
+        world.engine.transact([Put(entry.key, entry.value)])  # the other one has made it
+        assert (await asked).digest == first.digest
 
-    class Guarding:
-        @contextmanager
-        def hold(self, key: str) -> Iterator[None]:
-            held.append(key)
-            yield
-            held.append("released")
 
-    work = SharedWork(tmp_path, LIMITS, Guarding())
-    assert await work.run("key", lambda _: list(held)) == ["key"]
-    assert held == ["key", "released"]
-    await work.close()
+@pytest.mark.parametrize("same", [True, False])
+async def test_derivation_goes_on_behind_what_a_dead_replica_stored_if_that_is_the_same(
+    world: DeriveWorld, monkeypatch: pytest.MonkeyPatch, *, same: bool
+) -> None:
+    world.add("old", OLD)
+    first = await world.info("old", format="zvol")
+    made = world.read(first)
+    (entry,) = world.engine.list(PREFIX)
+    world.engine.transact([Delete(entry.key)])
+    world.collector.drop(first.digest)
+    left = made[: len(made) // 2] if same else bytes(len(made) // 2)
+    ref = f"derive-{entry.key.removeprefix(PREFIX)}"
+    world.blobs.lease(ref, ttl_s=3600)
+    with world.blobs.ingest(ref, lease=ref) as writer:
+        writer.write(left)
+    written: list[int] = []
+    write = LocalBlobWriter.write
+
+    def count(self: LocalBlobWriter, data: bytes) -> None:
+        written.append(len(data))
+        write(self, data)
+
+    monkeypatch.setattr(LocalBlobWriter, "write", count)
+    again = await world.info("old", format="zvol")
+    assert (again.digest, world.read(again)) == (first.digest, made)
+    assert sum(written) == (len(made) - len(left) if same else len(made))
+    assert world.strays() == []
 
 
 # -- garbage ---------------------------------------------------------------------------------------------------------
