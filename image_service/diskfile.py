@@ -45,7 +45,7 @@ def look(
     chosen = DiskFormat.QCOW2 if facts.format is ImageFormat.QCOW2 else DiskFormat.RAW
     if not facts.unpacked_size_bytes:
         return facts  # nothing is in it
-    with _unpacked(blobs, digest, facts, directory, limits, room) as fd, judged():
+    with unpacked(blobs, digest, facts, directory, limits, room) as fd, judged():
         disk = open_disk(fd, disk_format=chosen, virtual_size_max_bytes=limits.virtual_size_max_bytes)
         content = _read_all(disk, limits)
         return replace(facts, virtual_size_bytes=disk.virtual_size_bytes, content_digest=content)
@@ -61,7 +61,7 @@ def _read_all(disk: Disk, limits: InspectionLimits) -> str:
 
 
 @contextmanager
-def _unpacked(
+def unpacked(
     blobs: BlobStore, digest: Digest, facts: Facts, directory: Path | None, limits: InspectionLimits, room: Room
 ) -> Iterator[int]:
     """A descriptor of a regular file with the unpacked bytes."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,9 +120,25 @@ class Inspector:
         """The facts with what a container image says about itself, as far as a record can hold it."""
         if image.type is not ImageType.CONTAINER or facts.format not in {ImageFormat.TAR, ImageFormat.RAW}:
             return facts
-        said = describe(self._blobs, info.digest, facts.compression)
+        said = describe(self._blobs, info.digest, facts.compression, lambda: self._unpacked(image, info, facts))
         labels = {key: value for key, value in said.labels.items() if fits(key, value)}
         return replace(facts, name=said.name, version=said.version, labels=labels)
+
+    @contextmanager
+    def _unpacked(self, image: Image, info: BlobInfo, facts: Facts) -> Iterator[int]:
+        """All unpacked bytes in a file, for which there must be room."""
+        with (
+            self.admission.reserve(f"unpacked-{image.id}", 0) as room,
+            diskfile.unpacked(
+                self._blobs,
+                info.digest,
+                facts,
+                self._directory,
+                self._limits,
+                lambda size, held: room.announce(size, received_bytes=held),
+            ) as fd,
+        ):
+            yield fd
 
     def _known(self, image: Image, digest: Digest) -> Facts | None:
         """What was found when the same bytes were looked at before."""

@@ -1,15 +1,16 @@
 """What an uploaded container image says about itself: its kind, name and labels, read from the stored bytes.
 
-App containers and OCI layouts are checked: one that claims to be such and breaks the rules is refused (BadDataError,
-TooLargeError). Anything else, a plain root file system for instance, has nothing to say and is left as it is.
+Of a packed image the beginning is unpacked, and all of it only if it looks like one whose documents come last. App containers
+and OCI layouts are checked: one that claims to be such and breaks the rules is refused (BadDataError, TooLargeError). Anything
+else, a plain root file system for instance, has nothing to say and is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,8 +25,11 @@ from imaging.files import os_errors, write_all
 from imaging.oci import INDEX_FILE, LAYOUT_FILE
 from imaging.tarball import TarEntry, read_entry, walk_tar
 
-UNPACKED_MAX_BYTES = 64 << 20
-"""So much of a packed image is unpacked to look at: manifests come first in app containers, and small layouts are whole."""
+BEGINNING_BYTES = 64 << 20
+"""So much of a packed image is unpacked to look at: manifests come first in most app containers, and small layouts are whole."""
+
+_TOPS = (frozenset({"blobs", LAYOUT_FILE, INDEX_FILE}), frozenset({"rootfs", "manifest"}))
+"""What layouts and app containers have at their top, and nothing else."""
 
 PIECE_BYTES = 1 << 20
 SQUASHFS_MAGIC = b"hsqs"
@@ -50,17 +54,33 @@ class _Bytes:
     whole: bool
 
 
-def describe(blobs: BlobStore, digest: Digest, compression: Compression) -> Description:
+Whole = Callable[[], AbstractContextManager[int]]
+"""Unpacks all of an image into a file."""
+
+
+def describe(blobs: BlobStore, digest: Digest, compression: Compression, whole: Whole) -> Description:
     """Look at a stored container image."""
-    with _unpacked(blobs, digest, compression) as unpacked:
+    with _unpacked(blobs, digest, compression) as beginning:
+        said = _describe(beginning)
+    if said is None:
+        with whole() as fd:
+            said = _describe(_Bytes(fd, whole=True))
+    return said or Description()
+
+
+def _describe(unpacked: _Bytes) -> Description | None:
+    """What these bytes say; None if the rest of them must be seen."""
+    with os_errors("cannot read an image"):
         if os.pread(unpacked.fd, len(SQUASHFS_MAGIC), 0) == SQUASHFS_MAGIC:
             return Description(labels={KIND_LABEL: "squashfs"})
-        found = _find_entries(unpacked.fd)
-        if "manifest" in found:
-            return _describe_aci(read_entry(unpacked.fd, found["manifest"], MANIFEST_MAX_BYTES))
-        if unpacked.whole and LAYOUT_FILE in found and INDEX_FILE in found:
-            return _describe_layout(unpacked.fd)
-    return Description(labels={KIND_LABEL: "oci"} if LAYOUT_FILE in found else {})
+    found, tops = _find_entries(unpacked.fd)
+    if "manifest" in found:
+        return _describe_aci(read_entry(unpacked.fd, found["manifest"], MANIFEST_MAX_BYTES))
+    if not unpacked.whole and tops and any(tops <= known for known in _TOPS):
+        return None
+    if LAYOUT_FILE in found and INDEX_FILE in found:
+        return _describe_layout(unpacked.fd)
+    return Description()
 
 
 @contextmanager
@@ -76,23 +96,25 @@ def _unpacked(blobs: BlobStore, digest: Digest, compression: Compression) -> Ite
         return
     with tempfile.TemporaryFile() as file, blobs.open(digest) as stored:
         reader, size = open_decompressed(stored, compression=compression), 0
-        while size < UNPACKED_MAX_BYTES and (piece := reader.read(PIECE_BYTES)):
+        while size < BEGINNING_BYTES and (piece := reader.read(PIECE_BYTES)):
             with os_errors("cannot write a temporary file"):
                 write_all(file.fileno(), piece, size)
             size += len(piece)
-        yield _Bytes(file.fileno(), whole=size < UNPACKED_MAX_BYTES)
+        yield _Bytes(file.fileno(), whole=size < BEGINNING_BYTES)
 
 
-def _find_entries(fd: int) -> dict[str, TarEntry]:
-    """The first of each file that tells kinds apart. What is no sound archive, or is cut here, tells nothing more."""
+def _find_entries(fd: int) -> tuple[dict[str, TarEntry], set[str]]:
+    """The first of each file that tells kinds apart, and all names at the top. What is no sound archive, or is cut here, ends it."""
     found: dict[str, TarEntry] = {}
+    tops: set[str] = set()
     try:
         for entry in walk_tar(fd):
+            tops.add(entry.clean_name.split("/", 1)[0])
             if entry.is_file and entry.clean_name in {"manifest", LAYOUT_FILE, INDEX_FILE}:
                 found.setdefault(entry.clean_name, entry)
     except (BadDataError, TooLargeError):
-        return found
-    return found
+        return found, tops - {"."}
+    return found, tops - {"."}
 
 
 def _describe_aci(document: bytes) -> Description:
