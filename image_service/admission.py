@@ -3,6 +3,8 @@
 The blob store refuses a byte too many by itself. What it can't know is how long a writer said its image will be: a writer reserves that
 before its first byte. So ten uploads that each fit alone are not all let in, and one that can't fit is refused at once.
 
+What can be made again (derived images) gives way: it is removed, as far as needed, before anybody is refused.
+
 Errors: TooLargeError (413) for one image over the limit, NoSpaceError (507) for quota and free space.
 """
 
@@ -52,6 +54,10 @@ class Reservation:
         """So many bytes were written in all."""
         self.received_bytes = received_bytes
 
+    def reclaim(self, wanted_bytes: int) -> bool:
+        """More came than there is room for: remove what can be made again; whether anything was."""
+        return self._admission.reclaim(wanted_bytes)
+
     def end(self) -> None:
         """Give the room back; idempotent."""
         self._admission.end(self)
@@ -74,6 +80,7 @@ class Admission:
         self._directory = directory
         self._lock = threading.Lock()
         self._active: set[Reservation] = set()
+        self._reclaimers: list[Callable[[int], bool]] = []
 
     @property
     def size_max_bytes(self) -> int:
@@ -85,6 +92,14 @@ class Admission:
         if size_bytes > self._limits.size_max_bytes:
             raise TooLargeError(f"image is larger than the limit of {self._limits.size_max_bytes} bytes")
 
+    def add_reclaimer(self, reclaim: Callable[[int], bool]) -> None:
+        """From now on ask ``reclaim`` to remove so many bytes before somebody is refused; it says whether it has removed any."""
+        self._reclaimers.append(reclaim)
+
+    def reclaim(self, wanted_bytes: int) -> bool:
+        """What :meth:`Reservation.reclaim` says."""
+        return any(reclaim(wanted_bytes) for reclaim in self._reclaimers)
+
     def reserve(self, ref: str, announced_bytes: int = UNKNOWN_SIZE) -> Reservation:
         """Let a writer of ``ref`` in; raises if there is no room."""
         reservation = Reservation(self, ref)
@@ -94,6 +109,14 @@ class Admission:
     def announce(self, reservation: Reservation, announced_bytes: int, received_bytes: int) -> None:
         """What :meth:`Reservation.announce` says."""
         self.check_size(announced_bytes)
+        try:
+            self._admit(reservation, announced_bytes, received_bytes)
+        except NoSpaceError:
+            if not self.reclaim(max(announced_bytes - received_bytes, 1)):
+                raise
+            self._admit(reservation, announced_bytes, received_bytes)
+
+    def _admit(self, reservation: Reservation, announced_bytes: int, received_bytes: int) -> None:
         wanted_bytes = max(announced_bytes - received_bytes, 0)
         with self._lock:
             missing_bytes = sum(one.missing_bytes for one in self._active if one is not reservation)

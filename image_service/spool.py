@@ -16,6 +16,7 @@ from image_service.bodies import BUFFER_BYTES, Piece
 from image_service.inspection import Inspection
 from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
 from imaging.digests import Digest
+from imaging.errors import NoSpaceError
 from imaging.kv.leases import Fence
 from imaging.threads import Offload
 
@@ -163,7 +164,12 @@ class Spool:
 
     def _write(self, piece: Piece) -> None:
         self._check_turn()
-        self._writer.write(piece)
+        try:
+            self._writer.write(piece)
+        except NoSpaceError:  # nobody had said that so much would come
+            if not self._reservation.reclaim(len(piece)):
+                raise
+            self._writer.write(piece)
         self._reservation.receive(self._writer.offset_bytes)
 
     async def checkpoint(self) -> int:
