@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from click.testing import CliRunner, Result
 
 from image_service.cli import cli
@@ -57,6 +59,17 @@ def test_layout_is_found_by_name_and_tag(service: Daemon) -> None:
     record = upload(service, _layout(), image_type="container")
     assert (record["name"], record["version"]) == ("example.com/oci", "v1")
     assert _found(service, "label=kind=oci&label=tag=v1") == [record["id"]]
+
+
+def test_large_packed_layout_is_opened_whole(service: Daemon) -> None:
+    """As skopeo writes them, with the documents behind 70 MiB of layers."""
+    layout = Layout()
+    layout.tag(layout.image(random.Random(7).randbytes(70 << 20)), "example.com/large:v2")
+    layout.files = dict(sorted(layout.files.items()))
+    image = zstandard.ZstdCompressor(level=1).compress(layout.pack())
+    record = upload(service, image, image_type="container")
+    assert (record["name"], record["version"]) == ("example.com/large", "v2")
+    assert _found(service, "label=kind=oci&label=tag=v2") == [record["id"]]
 
 
 def test_what_the_bringer_says_counts_before_what_the_image_says(service: Daemon) -> None:
