@@ -25,8 +25,6 @@ from imaging.errors import MistifyError, UnavailableError
 FREE_MIN_BYTES = 512 << 20
 """Nothing is kept while the file system has less room than this: it is for the volumes, and for other programs."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 log = logging.getLogger(__name__)
 
 
@@ -49,11 +47,6 @@ class _Kept(msgspec.Struct, frozen=True):
 
     facts: BodyFacts
     boot_id: str
-
-
-def _boot_id() -> str:
-    """Names this run of the machine."""
-    return _BOOT_ID.read_text().strip()
 
 
 class Spool:
@@ -87,11 +80,11 @@ class Spool:
         self._close()
         try:
             kept = msgspec.json.decode(self._facts.read_bytes(), type=_Kept)
-            if kept.facts.url != url or not (kept.boot_id == _boot_id() or kept.facts.digest):
+            if kept.facts.url != url or not (kept.boot_id == files.boot_id() or kept.facts.digest):
                 return None
             self._fd = os.open(self._part, os.O_RDWR | os.O_CLOEXEC)
             self._size_bytes = os.fstat(self._fd).st_size
-        except (OSError, msgspec.DecodeError):
+        except (OSError, MistifyError, msgspec.DecodeError):
             self._close()
             return None
         return kept.facts
@@ -105,7 +98,7 @@ class Spool:
             if not self._has_room(2 * (facts.size_bytes or 0)):
                 return
             self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            files.atomic_write_bytes(self._facts, msgspec.json.encode(_Kept(facts, _boot_id())), mode=0o600)
+            files.atomic_write_bytes(self._facts, msgspec.json.encode(_Kept(facts, files.boot_id())), mode=0o600)
         except (OSError, MistifyError) as err:
             self._give_up(err)
 

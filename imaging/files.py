@@ -32,6 +32,8 @@ COPY_CHUNK_BYTES = 1 << 20
 COPY_RANGE_MAX_BYTES = 1 << 30
 """One copy_file_range call; the kernel caps a call at 2 GiB, and a signal should not wait longer than this."""
 
+BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
+
 _FICLONE = 0x40049409
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -52,6 +54,12 @@ def os_errors(what: str) -> Iterator[None]:
         yield
     except OSError as err:
         raise from_os_error(err, what) from err
+
+
+def boot_id() -> str:
+    """Names this run of the machine: what a process wrote and nobody synced is there as long as it lasts, and may be lost after it."""
+    with os_errors("cannot read the boot id"):
+        return BOOT_ID_PATH.read_text(encoding="ascii").strip()
 
 
 # -- durable publishing ------------------------------------------------------------------------------------------------

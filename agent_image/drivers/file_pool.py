@@ -40,8 +40,6 @@ from imaging.errors import (
 )
 from imaging.names import DatasetName, PoolName, SnapshotName
 
-BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
-
 
 class FilePool:
     """State and shared steps; the classes derived from it add the calls of the contract."""
@@ -114,8 +112,8 @@ class FilePool:
     def _repair(self) -> None:
         self._repair_files()
         change = Change()
-        if self._pool_record.boot_id != boot_id():  # modification times may be older than the bytes: forget them
-            self._pool_record = msgspec.structs.replace(self._pool_record, boot_id=boot_id())
+        if self._pool_record.boot_id != files.boot_id():  # modification times may be older than the bytes: forget them
+            self._pool_record = msgspec.structs.replace(self._pool_record, boot_id=files.boot_id())
             for volume in self._catalog.all_datasets():
                 if volume.synced_mtime_ns:
                     change.put(msgspec.structs.replace(volume, synced_mtime_ns=0))
@@ -297,11 +295,6 @@ class FilePool:
                 counter[key] -= 1
                 if counter[key] <= 0:
                     del counter[key]
-
-
-def boot_id() -> str:
-    """Identifies the time since the machine started."""
-    return BOOT_ID_PATH.read_text(encoding="ascii").strip()
 
 
 def refuse_busy(what: str, dependants: list[str]) -> None:

@@ -7,7 +7,6 @@ state, so the trusted prefix is hashed again; that runs at 1-2 GB/s and only aft
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from contextlib import suppress
@@ -19,6 +18,7 @@ from imaging.digests import MultiHasher
 from imaging.errors import InvalidArgumentError
 from imaging.files import (
     atomic_write_bytes,
+    boot_id,
     fsync_directory,
     make_directory,
     os_errors,
@@ -49,13 +49,6 @@ class IngestState(msgspec.Struct, kw_only=True):
     offset_bytes: int = 0
     updated_s: float = 0.0
     boot_id: str = ""
-
-
-@functools.cache
-def boot_id() -> str:
-    """The kernel's id of this boot."""
-    with os_errors("cannot read the boot id"):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def ref_key(ref: str) -> str:

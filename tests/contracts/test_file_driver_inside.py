@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from agent_image.drivers import file_pool
 from agent_image.drivers.base import StorageDriver
 from agent_image.drivers.file import FileDriver
 from agent_image.drivers.file_contents import ContentFiles
@@ -224,7 +223,7 @@ def test_open_after_a_new_boot_trusts_no_modification_time(
         guest.write(noise(2))
     os.utime(device, ns=(old, old))
     (tmp_path / "boot_id").write_text("another boot\n")
-    monkeypatch.setattr(file_pool, "BOOT_ID_PATH", tmp_path / "boot_id")
+    monkeypatch.setattr(files, "BOOT_ID_PATH", tmp_path / "boot_id")
     driver.open()
     take(driver, ROOT / "v" @ "s2")
     assert read(driver, ROOT / "v" @ "s2", 0, BLOCK_BYTES) == noise(2)

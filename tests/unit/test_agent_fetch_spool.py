@@ -15,6 +15,7 @@ from agent_image.fetch import FetchOrder
 from agent_image.fetch_chunks import ChunkedBody, RangeBudget
 from agent_image.fetch_http import CancelToken
 from agent_image.fetch_spool import BodyFacts, Spool, Spools
+from imaging import files
 from imaging.digests import Digest
 from tests.fakes.agent_world import LIMITS, MIB, World, disk, open_world
 from tests.fakes.chunk_server import ChunkServer
@@ -148,7 +149,7 @@ def test_kept_body_of_another_run_of_the_machine_needs_a_digest(
     keep(spool, "http://a/x", b"abc", digest=digest)
     other = tmp_path / "boot_id"
     other.write_text("another\n")
-    monkeypatch.setattr(fetch_spool, "_BOOT_ID", other)
+    monkeypatch.setattr(files, "BOOT_ID_PATH", other)
     assert (spool.find("http://a/x") is not None) == bool(digest)
 
 
