@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 
 from agent_image.fetch_chunks import ChunkMap
 from imaging.digests import Digest
+from tests.fakes.http_fake import FakeHandler, FakeHttp
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)\Z")
 
@@ -36,10 +34,11 @@ class Faults:
     piece_bytes: int = 64 << 10
 
 
-class ChunkServer:
+class ChunkServer(FakeHttp):
     """Serves ``body`` at ``url``; ``asked`` has the ranges in the order they came."""
 
     def __init__(self, body: bytes, chunk_bytes: int, **faults: Any) -> None:
+        super().__init__(_Handler)
         self.body = body
         self.digest = Digest.of(body)
         packed = [hashlib.sha256(body[at : at + chunk_bytes]).digest() for at in range(0, len(body), chunk_bytes)]
@@ -49,53 +48,20 @@ class ChunkServer:
         self.together = 0
         """The most requests answered at the same time."""
         self._answering = 0
-        self.lock = threading.Lock()
-        self.closing = threading.Event()
-        self._http = _Server(("127.0.0.1", 0), _Handler)
-        self._http.fake = self
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/images/img/download"
+        return f"http://{self.address}/images/img/download"
 
     def note(self, change: int) -> None:
         with self.lock:
             self._answering += change
             self.together = max(self.together, self._answering)
 
-    def __enter__(self) -> ChunkServer:
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.closing.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-    fake: ChunkServer
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are what the tests are about."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
-        """Tests ask the counters."""
-
-    def do_GET(self) -> None:
-        fake = self.server.fake
+class _Handler(FakeHandler[ChunkServer]):
+    def answer(self) -> None:
+        fake = self.fake
         fake.note(1)
         try:
             with contextlib.suppress(OSError):

@@ -7,12 +7,11 @@ import hashlib
 import re
 import socket
 import struct
-import threading
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
+
+from tests.fakes.http_fake import FakeHandler, FakeHttp
 
 _RANGE = re.compile(r"bytes=(\d+)-\Z")
 
@@ -54,47 +53,24 @@ class Answered:
     start: int
     """Offset of its first byte: not 0 for a range."""
     completed: bool = False
-    """Whether it was read to the end, as far as the server can know."""
+    """Whether it was read to its end: the client closed in good order. One that dies with bytes unread resets."""
 
 
-class FakeImageServer:
+class FakeImageServer(FakeHttp):
     """Serves ``/images/ID/download`` and any other path it is given."""
 
     def __init__(self, port: int = 0) -> None:
+        super().__init__(_Handler, port)
         self._served: dict[str, Served] = {}
-        self._lock = threading.Lock()
         self.requests: Counter[str] = Counter()
         """Requests by path."""
         self.ended: Counter[str] = Counter()
         """Bodies whose last byte was handed to the network, by path."""
-        self.completed: Counter[str] = Counter()
-        """Bodies that were read to the end: the client closed in good order. A client that dies with bytes unread resets."""
         self.answered: defaultdict[str, list[Answered]] = defaultdict(list)
         """Bodies that were begun, by path, in their order."""
         self._at_work = 0
         self.seen_headers: list[dict[str, str]] = []
         """Of requests for what is served."""
-        self.closing = threading.Event()
-        self._http = _Server(("127.0.0.1", port), _Handler)
-        self._http.fake = self
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> FakeImageServer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.closing.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT."""
-        return f"127.0.0.1:{self._http.server_address[1]}"
 
     @property
     def url(self) -> str:
@@ -123,34 +99,18 @@ class FakeImageServer:
 
     def at_work(self, change: int) -> None:
         """A request begins (1) or ends (-1)."""
-        with self._lock:
+        with self.lock:
             self._at_work += change
 
     def note(self, counter: Counter[str], path: str) -> None:
         """Count one."""
-        with self._lock:
+        with self.lock:
             counter[path] += 1
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-    fake: FakeImageServer
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are what the tests are about."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: _Server
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
-        """Tests ask the counters."""
-
-    def do_GET(self) -> None:
-        fake = self.server.fake
+class _Handler(FakeHandler[FakeImageServer]):
+    def answer(self) -> None:
+        fake = self.fake
         fake.at_work(1)
         try:
             self._answer(fake)
@@ -238,4 +198,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(DEPARTURE_TIMEOUT_S)
         if self.connection.recv(1) == b"":
             answered.completed = True
-            fake.note(fake.completed, self.path)
