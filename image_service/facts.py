@@ -72,7 +72,7 @@ class Facts:
     virtual_size_bytes: int = 0
     """Size of the virtual disk; 0 if there is none."""
     content_digest: str = ""
-    """sha256 of the content. Unknown for disks over the limit and for packages of several streams."""
+    """sha256 of the content. Unknown for disks over ``InspectionLimits.digest_size_max_bytes`` and for encrypted volumes."""
     name: str = ""
     """What the image calls itself. This and the next two: app containers and OCI layouts."""
     version: str = ""

@@ -23,7 +23,7 @@ from imaging.digests import Digest, MultiHasher
 from imaging.diskimage import DiskFormat, sniff_disk
 from imaging.diskimage.base import SECTOR_BYTES
 from imaging.diskimage.qcow2 import HEADER_MAX_BYTES, parse_header
-from imaging.errors import BadDataError, MistifyError, TooLargeError
+from imaging.errors import BadDataError, MistifyError, NoSpaceError, TooLargeError, UnavailableError
 from imaging.sendstream.records import HEADER_BYTES, MAGIC, Begin, Feature, HeaderType, StreamKind, feature_names, parse
 from imaging.sendstream.validator import Policy, StreamSummary, StreamValidator
 
@@ -35,6 +35,8 @@ FILE_MAX_BYTES = 1 << 62
 
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 _TAR_MAGIC = slice(257, 262)
+_NOT_ITS_FAULT = (BadDataError, TooLargeError, NoSpaceError, UnavailableError)
+"""What says by itself what is wrong, and what is no matter of the image."""
 _UNUSABLE = set(feature_names(Feature.RAW | Feature.REDACTED | Feature.DEDUP | Feature.DEDUPPROPS | Feature.RESUMING))
 """Streams with one of these can't be received by somebody who has nothing else."""
 
@@ -136,7 +138,7 @@ class judged:  # noqa: N801 - reads as a word in the with statement
         return None
 
     def __exit__(self, _kind: object, err: BaseException | None, _trace: object) -> None:
-        if isinstance(err, MistifyError) and not isinstance(err, (BadDataError, TooLargeError)):
+        if isinstance(err, MistifyError) and not isinstance(err, _NOT_ITS_FAULT):
             raise BadDataError(err.message) from err
 
 

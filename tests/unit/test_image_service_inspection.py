@@ -32,7 +32,9 @@ from imaging.compression import Compression
 from imaging.digests import Digest
 from imaging.errors import BadDataError, InvalidArgumentError, NoSpaceError, TooLargeError
 from imaging.kv.sqlite import SqliteKeyValue
+from imaging.sendstream.volume import apply_stream
 from tests.codec import samples
+from tests.codec.test_package import package
 from tests.diskimage.test_qcow2_hostile import build
 
 LIMITS = InspectionLimits()
@@ -98,6 +100,36 @@ def test_stream_has_the_content_of_its_disk(name: str) -> None:
     packed = inspect(zstandard.compress(samples.load(name)))
     assert (packed.compression, packed.content_digest) == (Compression.ZSTD, facts.content_digest)
     assert packed.unpacked_sha256 == facts.unpacked_sha256
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_package_of_snapshots_has_the_content_of_its_disk(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """The digest is that of the disk after the last stream."""
+    streams = package("plain-full-s1", "plain-inc-s1-s2", "plain-inc-s2-s3-shrink")
+    with (tmp_path / "disk").open("w+b") as disk:
+        state = apply_stream(io.BytesIO(streams), disk.fileno())
+        expected = Digest.of(disk.read())
+    data = pack(streams)
+    assert inspect(data).content_digest == ""
+    facts = look(tmp_path, data)
+    assert (facts.format, facts.virtual_size_bytes) == (ImageFormat.ZVOL, state.volsize_bytes)
+    assert facts.content_digest == str(expected)
+    small = look(tmp_path / "small", data, replace(LIMITS, digest_size_max_bytes=1 << 20))
+    assert (small.content_digest, small.unpacked_sha512) == ("", facts.unpacked_sha512)
+
+
+def test_package_of_several_volumes_is_refused() -> None:
+    with pytest.raises(BadDataError, match="several datasets"):
+        inspect(package("b512-full", "empty-full"))
+
+
+def test_package_that_has_no_room_to_be_put_together_is_refused(tmp_path: Path) -> None:
+    def refuse(_size: int, _held: int) -> None:
+        raise NoSpaceError("full")
+
+    data = package("plain-full-s1", "plain-inc-s1-s2")
+    with store(tmp_path, data) as blobs, pytest.raises(NoSpaceError):
+        diskfile.look(blobs, Digest.of(data), inspect(data), directory=tmp_path, limits=LIMITS, room=refuse)
 
 
 @pytest.mark.parametrize("options", [[], ["-c"], ["-o", "compat=0.10"]])
