@@ -145,8 +145,14 @@ def _changes(report: Report, driver: ZfsDriver) -> None:
     driver.destroy(place, recursive=True)
 
 
+def _settle() -> None:
+    """Let udev finish with the devices of one side before the other's turn."""
+    subprocess.run(["udevadm", "settle", "--timeout=120"], check=False)
+
+
 def _made_per_s(make: Callable[[], object], callers: int) -> Callable[[], float]:
     def turn() -> float:
+        _settle()
         with ThreadPoolExecutor(callers) as threads, harness.stopwatch() as elapsed_s:
             for made in [threads.submit(make) for _ in range(MADE_PER_TURN)]:
                 made.result()

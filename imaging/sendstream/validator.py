@@ -100,6 +100,10 @@ class StreamValidator:
 
     def feed(self, data: Buffer) -> bytes:
         """Add a piece; what may be passed on."""
+        return b"".join(self.feed_views(data))
+
+    def feed_views(self, data: Buffer) -> list[memoryview]:
+        """The same as parts of the pieces that were fed, not copied."""
         out: list[memoryview] = []
         for checked in self._reader.feed_runs(data):
             self._check_all(checked)
@@ -110,7 +114,7 @@ class StreamValidator:
             else:
                 target = self._held if checked.type == RecordType.END else out
                 target += (checked.header, checked.payload)
-        return b"".join(out)
+        return out
 
     def verify(self, data: Buffer) -> None:
         """Add a piece whose bytes nobody waits for."""

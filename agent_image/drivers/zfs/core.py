@@ -11,6 +11,7 @@ from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo, Usa
 from agent_image.drivers.zfs import programs, survey
 from agent_image.drivers.zfs.devices import LINK_TIMEOUT_S, Devices
 from agent_image.drivers.zfs.hidden import MARK, is_hidden
+from agent_image.drivers.zfs.identity import Identities
 from agent_image.drivers.zfs.index import PoolIndex
 from agent_image.drivers.zfs.locking import ChangeLock
 from agent_image.drivers.zfs.lzc import Lzc
@@ -57,6 +58,7 @@ class ZfsCore:
         """Temporary datasets that somebody still had open when they were done with."""
         self._opened: tuple[Lzc, Watch] | None = None
         self._owned_fd = -1
+        self._chosen: Identities | None = None
 
     @property
     def name(self) -> str:
@@ -85,6 +87,7 @@ class ZfsCore:
             try:
                 watch.start()
                 self._opened = (lzc, watch)
+                self._chosen = Identities(self._owned_fd, str(self._pool), self._ask_identities)
                 self._repair()
             except BaseException:
                 self._shut(watch)
@@ -202,9 +205,13 @@ class ZfsCore:
         if is_hidden(name):
             raise InvalidNameError(f"{name} is a name the driver keeps for itself")
 
-    def _identities(self, names: Sequence[DatasetName | SnapshotName]) -> dict[str, programs.Identity]:
+    def _identities(self, names: Sequence[DatasetName | SnapshotName]) -> Mapping[str, programs.Identity]:
         """What ZFS chose for objects just made."""
-        answer = self._lzc.program(programs.IDENTITY, [str(name) for name in names])
+        assert self._chosen is not None
+        return self._chosen.of([str(name) for name in names])
+
+    def _ask_identities(self, names: Sequence[str]) -> Mapping[str, programs.Identity]:
+        answer = self._lzc.program(programs.IDENTITY, names)
         return {key.decode(): programs.identity_of(key.decode(), entry) for key, entry in answer.items()}
 
     def _learn(self, name: DatasetName, *, snapshots: bool = False) -> DatasetInfo:

@@ -13,7 +13,8 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -26,8 +27,10 @@ from imaging.sendstream.validator import Policy, StreamValidator
 
 PIPE_BYTES = 1 << 20
 """What an unprivileged process may ask for; the kernel's default of 64 KiB costs a switch per record."""
-READ_BYTES = 256 << 10
-"""Large enough for the checksum's arrays, small enough to keep the pipe busy while the next piece is checked."""
+READ_BYTES = 1 << 20
+"""What is done once per piece costs nothing then, and the pipe holds one piece while the next is checked."""
+PARTS_MAX = 1024
+"""IOV_MAX of Linux."""
 PACKAGE_LIST_MAX_BYTES = 16 << 20
 """The list of a package of one volume has some hundred bytes a snapshot."""
 STALL_TIMEOUT_S = 600.0
@@ -87,30 +90,30 @@ class _Checked:
         self._end = b""
         self._inside = False
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[list[memoryview]]:
         while data := self._source.read(READ_BYTES):
-            piece = self._unwrapped(self._validator.feed(data))
-            if piece:
-                yield piece
-        piece = self._unwrapped(self._validator.finish())
-        yield piece + self._end
+            parts = self._unwrapped(self._validator.feed_views(data))
+            if parts:
+                yield parts
+        parts = self._unwrapped([memoryview(self._validator.finish())])
+        yield [*parts, memoryview(self._end)]
 
     @property
     def guid(self) -> int:
         """Of the snapshot that was sent; after the last piece."""
         return self._validator.summaries[-1].guid
 
-    def _unwrapped(self, records: bytes) -> bytes:
+    def _unwrapped(self, parts: list[memoryview]) -> list[memoryview]:
         """Whole records of a package without its wrapping; the stream's END waits for the package's."""
         if not self._validator.is_package:
-            return records
-        out, position = [], 0
+            return parts
+        records, out, position = b"".join(parts), [], 0
         while position < len(records):
             record_type = int.from_bytes(records[position : position + 4], "little")
             size = HEADER_BYTES + payload_size(record_type, records, position)
-            out.append(self._take(record_type, records[position : position + size]))
+            out.append(memoryview(self._take(record_type, records[position : position + size])))
             position += size
-        return b"".join(out)
+        return out
 
     def _take(self, record_type: int, record: bytes) -> bytes:
         if record_type == RecordType.BEGIN:
@@ -143,8 +146,8 @@ def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], No
         receiving = _start(receive, read_end)
         try:
             try:
-                for piece in itertools.chain([first], pieces):
-                    _write(write_end, piece)
+                for parts in itertools.chain([first], pieces):
+                    _write(write_end, parts)
             finally:
                 write_end.close()  # ends the kernel's wait, whatever happened
         except BrokenPipeError as err:
@@ -203,13 +206,18 @@ def _pipe() -> Iterator[tuple[_End, _End]]:
             end.close()
 
 
-def _write(write_end: _End, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
+def _write(write_end: _End, parts: Sequence[memoryview]) -> None:
+    waiting = deque(part for part in parts if len(part))
+    while waiting:
         try:
-            view = view[os.write(write_end.fd, view) :]
+            written = os.writev(write_end.fd, list(itertools.islice(waiting, PARTS_MAX)))
         except BlockingIOError:
             _wait_writable(write_end)
+            continue
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.popleft())
+        if written:
+            waiting[0] = waiting[0][written:]
 
 
 def _wait_writable(write_end: _End) -> None:
