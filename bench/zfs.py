@@ -2,6 +2,7 @@
 
     make bench-zfs
     tests/lab/zfs-vm --udev light -- .venv/bin/python -m bench.zfs [--volumes N] [--snapshots N]
+    python -m bench.zfs --without-pool
 
 Answers of the agent are asked over its socket; snapshots, clones and streams go through the driver. Both sides take turns in one run.
 """
@@ -21,9 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent_image.drivers.zfs import ZfsDriver
+from agent_image.drivers.zfs.firewall import pour
 from bench import harness
 from bench.harness import Figure, Report, Row, compare
 from imaging.names import PoolName, SnapshotName
+from imaging.sendstream.volume import StreamHeader, make_stream
 from tests.acceptance.daemons import Agent, start_agent
 from tests.waiting import wait_until
 
@@ -32,10 +35,11 @@ SNAPSHOTS = 10_000
 SNAPSHOTS_OF_ONE = 10
 VOLUME_BYTES = 1 << 20
 STREAM_BYTES = 256 << 20
+BLOCK_BYTES = 16 << 10
 PROGRAM_TIMEOUT_S = 3600
 AT_LEAST_S = 1.0
 """A turn repeats a quick call for that long."""
-MADE_PER_TURN = 24
+MADE_PER_TURN = 16
 CALLERS = 8
 """As many ask at once where the title says so."""
 SEEN_TIMEOUT_S = 60.0
@@ -47,7 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.zfs", description=__doc__)
     parser.add_argument("--volumes", type=int, default=VOLUMES)
     parser.add_argument("--snapshots", type=int, default=SNAPSHOTS)
+    parser.add_argument("--without-pool", action="store_true", help="only the firewall, into a pipe somebody empties")
     arguments = parser.parse_args()
+    if arguments.without_pool:
+        _firewall_alone()
+        return
     pool = PoolName.parse(os.environ["MISTIFY_LAB_POOL"])
     report = Report()
     print(harness.machine(), flush=True)
@@ -110,6 +118,41 @@ def _make_stream(driver: ZfsDriver, name: SnapshotName, stream: io.BufferedRando
             os.pwrite(fd, os.urandom(RECEIVE_BYTES), offset)
     driver.snapshot(name)
     driver.send(name, stream.fileno())
+
+
+def _firewall_alone() -> None:
+    """Beside cat, which moves the same bytes through as many pipes."""
+    report = Report()
+    print(harness.machine(), flush=True)
+    with tempfile.TemporaryFile() as image, tempfile.TemporaryFile() as stream:
+        for _ in range(0, STREAM_BYTES, RECEIVE_BYTES):
+            image.write(os.urandom(RECEIVE_BYTES))
+        header = StreamHeader(guid=1, toname="tank/v@s", volblocksize_bytes=BLOCK_BYTES)
+        stream.writelines(make_stream(image.fileno(), STREAM_BYTES, header))
+
+        def checked() -> float:
+            stream.seek(0)
+            with harness.stopwatch() as elapsed_s:
+                pour(stream, None, _empty)
+            return harness.mb_per_s(STREAM_BYTES, elapsed_s())
+
+        def copied() -> float:
+            os.lseek(stream.fileno(), 0, os.SEEK_SET)
+            with harness.stopwatch() as elapsed_s:
+                subprocess.run(["/bin/sh", "-c", "cat | cat > /dev/null"], stdin=stream, check=True)
+            return harness.mb_per_s(STREAM_BYTES, elapsed_s())
+
+        report.add(compare("a stream through the firewall into a pipe", "MB/s", checked, ("cat", copied)))
+        begin_s = time.process_time()
+        checked()
+        spent_s = (time.process_time() - begin_s) * 1e9 / STREAM_BYTES
+    report.note(f"the firewall and the emptying of its pipe take {spent_s:.2f} CPU seconds a GB")
+    print(report.markdown())
+
+
+def _empty(fd: int) -> None:
+    while os.read(fd, RECEIVE_BYTES):
+        pass
 
 
 # -- changes -------------------------------------------------------------------------------------------------------------
