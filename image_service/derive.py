@@ -60,6 +60,7 @@ class DerivedStore:
         self.index = DerivedIndex(store, limits)
         self.chunks = ChunkIndex(store)
         collector.add_cache(self)
+        admission.add_reclaimer(self.make_room)
 
     @property
     def ref_prefix(self) -> str:
@@ -95,10 +96,8 @@ class DerivedStore:
         try:
             return self._derive(recipe, work, turn)
         except NoSpaceError:
-            gone = self.index.make_room(work.done_bytes)
-            if not gone:
+            if not self.make_room(work.done_bytes):
                 raise
-            self._drop(gone)
             return self._derive(recipe, work, turn)
         except LeaseLostError as err:
             raise UnavailableError("the image is being made by another replica; try again later") from err
@@ -167,6 +166,12 @@ class DerivedStore:
             found = compute(self._blobs, info, work)
             self.chunks.save(found)
         return found
+
+    def make_room(self, wanted_bytes: int) -> bool:
+        """Give up derived blobs of so many bytes, those used longest ago first; whether there were any."""
+        gone = self.index.make_room(wanted_bytes)
+        self._drop(gone)
+        return bool(gone)
 
     # -- garbage -----------------------------------------------------------------------------------------------------
 

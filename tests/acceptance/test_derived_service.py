@@ -68,6 +68,22 @@ def test_download_in_every_form_gives_the_disk(service: Daemon, ids: dict[str, s
     assert get(service, ids["old"], format="raw").content == OLD
 
 
+@pytest.mark.parametrize("name", ["old", "new", "stream"])
+def test_every_form_can_be_brought_back_and_is_the_same_image(service: Daemon, ids: dict[str, str], name: str) -> None:
+    record = call(service, "GET", f"/images/{ids[name]}").json()
+    forms: list[dict[str, str]] = [{}]
+    forms += [
+        {"format": kind, "compression": packing} for kind in ("zvol", "raw") for packing in ("zstd", "gzip", "none")
+    ]
+    for form in forms:
+        back = upload(service, get(service, ids[name], **form).content)
+        assert (back["content_digest"], back["virtual_size"]) == (record["content_digest"], record["virtual_size"]), (
+            form
+        )
+        assert ids[name] in call(service, "GET", f"/images/{back['id']}").json()["same_as"], form
+        call(service, "DELETE", f"/images/{back['id']}")
+
+
 def test_increment_over_http_makes_the_new_disk(service: Daemon, ids: dict[str, str], tmp_path: Path) -> None:
     for base in ("old", "stream"):
         full = get(service, ids[base], format="zvol").content

@@ -27,6 +27,12 @@ from tests.waiting import wait_until
 
 KILLS = 50
 CLIENTS = 20
+WORK_MIN = 12
+"""Acknowledgements of a life, before the random instant at which it ends: however slow the machine, every life has done something."""
+START_KILLS = 0.2
+"""The share of lives that end while they begin."""
+KIND_MIN = KILLS // 2
+"""Acknowledgements of each kind in all: a fifth of what chance gives them."""
 SEED = random.SystemRandom().randrange(1 << 32)
 TUS = {"Tus-Resumable": "1.0.0"}
 BODY = "application/offset+octet-stream"
@@ -45,6 +51,10 @@ class _Client:
         """Acknowledged images and their digests."""
         self.fetched: dict[str, str] = {}
         """Sources accepted to be fetched, and the digests they have."""
+        self.fetches: dict[str, str] = {}
+        """Those of its own, and the images they become."""
+        self.done = collections.Counter[str]()
+        """What was acknowledged, by kind."""
         self.gone: set[str] = set()
         self.sent: set[str] = set()
         self.parts: list[tuple[str, bytes]] = []
@@ -55,7 +65,8 @@ class _Client:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self._chance.choice([self._put, self._tus, self._tus, self._fetch, self._fetch_shared, self._delete])()
+                kinds = [self._put, self._tus, self._fetch, self._fetch_shared, self._delete, self._delete_fetch]
+                self._chance.choice(kinds)()
             except requests.RequestException:
                 self._stop.wait(0.05)  # it was killed, or is not there yet
             except AssertionError as err:
@@ -69,6 +80,7 @@ class _Client:
         content = self._content()
         self.sent.add(sha256(content))
         self.there[upload(self._service, content)["id"]] = sha256(content)
+        self.done["put"] += 1
 
     def _tus(self) -> None:
         """Go on with an upload in parts, or begin one."""
@@ -101,34 +113,57 @@ class _Client:
             return False
         self.there[path.rsplit("/", 1)[1]] = sha256(content)
         del self.parts[0]
+        self.done["tus"] += 1
         return True
 
     def _fetch(self) -> None:
         content = self._content()
         url = self._sources.add(f"/{self._number}/{len(self.fetched)}/{self._chance.random()}", Source(content))
-        self._ask(url, content)
+        self.fetches[url] = self._ask(url, content)
 
     def _fetch_shared(self) -> None:
         content = b"shared by all %d" % (number := self._chance.randrange(10)) * 20_000
         self._ask(self._sources.add(f"/shared/{number}", Source(content)), content)
 
-    def _ask(self, url: str, content: bytes) -> None:
+    def _ask(self, url: str, content: bytes) -> str:
         self.sent.add(sha256(content))
-        fetch(self._service, url)
+        image_id: str = fetch(self._service, url)["id"]
         self.fetched[url] = sha256(content)
+        self.done["fetch"] += 1
+        return image_id
+
+    def _delete_fetch(self) -> None:
+        """A fetch, under way or done."""
+        if self.fetches:
+            url = self._chance.choice(sorted(self.fetches))
+            image_id = self.fetches.pop(url)
+            del self.fetched[url]  # if the answer is lost, both outcomes are right
+            self._remove(image_id)
 
     def _delete(self) -> None:
         if not self.there:
             return
         image_id = self._chance.choice(sorted(self.there))
         del self.there[image_id]  # if the answer is lost, both outcomes are right
+        self._remove(image_id)
+
+    def _remove(self, image_id: str) -> None:
         response = call(self._service, "DELETE", f"/images/{image_id}")
         assert response.status_code == 200, response.text
         self.gone.add(image_id)
+        self.done["delete"] += 1
 
 
 def _unfinished(service: Daemon) -> list[str]:
     return [r["id"] for r in call(service, "GET", "/images").json() if r["status"] in {"pending", "downloading"}]
+
+
+def _wait_for_work(clients: list[_Client], what: str) -> None:
+    def done() -> int:
+        return sum(client.done.total() for client in clients)
+
+    before = done()
+    wait_until(lambda: done() - before >= WORK_MIN, f"work in {what}", timeout_s=120)
 
 
 def _work_and_kill(service: Daemon, sources: SourceServer) -> list[_Client]:
@@ -137,10 +172,15 @@ def _work_and_kill(service: Daemon, sources: SourceServer) -> list[_Client]:
     for client in clients:
         client.thread.start()
     try:
-        for _ in range(KILLS):
-            pause.wait(chance.uniform(0.05, 2.0))
+        for number in range(KILLS):
+            if chance.random() < START_KILLS:
+                pause.wait(chance.uniform(0, 1.5))
+            else:
+                _wait_for_work(clients, f"life {number} (seed {SEED})")
+                pause.wait(chance.uniform(0, 0.3))
             service.kill()
-            service.start()
+            service.start(wait=False)
+        wait_until(service.is_ready, "the last life", timeout_s=60)
     finally:
         stop.set()
         for client in clients:
@@ -195,5 +235,6 @@ def _check_acknowledged(clients: list[_Client], found: dict[str, dict[str, str]]
         for url, digest in client.fetched.items():
             assert by_source.get(url) == digest, f"seed {SEED}: a fetch was lost: {url}"
     assert {record["digest"] for record in found.values()} <= sent, f"seed {SEED}"
-    done = sum(len(client.there) + len(client.gone) + len(client.fetched) for client in clients)
-    assert done > CLIENTS, f"seed {SEED}: hardly anything was done"
+    done = sum((client.done for client in clients), collections.Counter[str]())
+    for kind in ("put", "tus", "fetch", "delete"):
+        assert done[kind] >= KIND_MIN, f"seed {SEED}: hardly anything was done: {done}"

@@ -13,9 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from image_service.admission import Admission, AdmissionLimits
 from image_service.derive_cache import EVICT_GRACE_S, PREFIX, DerivedIndex
 from image_service.derive_forms import Recipe, Shape
 from image_service.derive_work import DeriveLimits, SharedWork, Work
+from image_service.spool import Spool
 from imaging.blobs.base import BlobInfo
 from imaging.blobs.writer import LocalBlobWriter
 from imaging.compression import Compression
@@ -359,3 +361,41 @@ async def test_quota_that_is_used_up_by_derived_blobs_makes_room(tmp_path: Path)
         with pytest.raises(NotFoundError):
             world.blobs.info(first.digest)
         assert world.strays() == []
+
+
+async def test_image_that_has_no_room_is_taken_when_derived_blobs_have_gone(tmp_path: Path) -> None:
+    data = random.Random(8).randbytes(1 << 20)
+    async with open_derive_world(tmp_path, quota_bytes=5 * len(data) // 2) as world:
+        clock = [0.0]
+        world.store.index = DerivedIndex(world.engine, LIMITS, clock=lambda: clock[0])
+        world.add("img", data)
+        derived = await world.info("img", format="zvol", compression="none")
+        limits = AdmissionLimits(quota_bytes=5 * len(data) // 2, free_min_bytes=0)
+        admission = Admission(limits, used_bytes=lambda: world.blobs.used_bytes)
+        admission.add_reclaimer(world.store.make_room)
+        with pytest.raises(NoSpaceError):  # somebody may be about to read it
+            admission.reserve("upload", len(data))
+        clock[0] = EVICT_GRACE_S * 2
+        with pytest.raises(NoSpaceError):
+            admission.reserve("upload", 3 * len(data))  # it has to go, and is not enough
+        with pytest.raises(NotFoundError):
+            world.blobs.info(derived.digest)
+        admission.reserve("upload", len(data)).end()
+
+
+async def test_image_of_unknown_length_makes_room_as_it_comes(tmp_path: Path) -> None:
+    data = random.Random(9).randbytes(1 << 20)
+    async with open_derive_world(tmp_path, quota_bytes=5 * len(data) // 2) as world:
+        clock = [0.0]
+        world.store.index = DerivedIndex(world.engine, LIMITS, clock=lambda: clock[0])
+        world.add("img", data)
+        derived = await world.info("img", format="zvol", compression="none")
+        clock[0] = EVICT_GRACE_S * 2
+        admission = Admission(AdmissionLimits(free_min_bytes=0))
+        admission.add_reclaimer(world.store.make_room)
+        with admission.reserve("upload") as room:
+            async with await Spool.open(world.blobs, world.offload, room, max_bytes=1 << 30) as spool:
+                await spool.write(data[::-1])
+                assert (await spool.commit()).digest == Digest.of(data[::-1])
+        with pytest.raises(NotFoundError):
+            world.blobs.info(derived.digest)
