@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import importlib
 import os
 import re
@@ -46,8 +47,13 @@ def _published() -> list[Path]:
     return [path for path in sorted(found) if path.is_file() and b"\0" not in path.read_bytes()[:4096]]
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -80,7 +86,7 @@ def test_modules_say_what_they_are_for() -> None:
     silent = [
         str(path.relative_to(ROOT))
         for path in _modules()
-        if not path.is_relative_to(ROOT / "tests") and not ast.get_docstring(ast.parse(path.read_text()))
+        if not path.is_relative_to(ROOT / "tests") and not ast.get_docstring(_tree(path))
     ]
     assert silent == []
 
@@ -150,7 +156,7 @@ NOT_FROM_THE_INDEX = {"libzfs_core", "_typeshed"}  # the distribution's; the typ
 
 
 def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
