@@ -66,7 +66,8 @@ class Report:
 
     def markdown(self) -> str:
         head = ["| what | ours: median (min to max) | reference | ours / reference |", "| --- | --- | --- | --- |"]
-        return "\n".join([*head, *(row.markdown() for row in self.rows), "", *(f"- {note}" for note in self.notes)])
+        table = [*head, *(row.markdown() for row in self.rows), ""] if self.rows else []
+        return "\n".join([*table, *(f"- {note}" for note in self.notes)])
 
 
 def compare(
