@@ -16,16 +16,21 @@ LOOK_S = 0.5
 """How often a turn is looked at, by the clock alone: work that waits for others notices soon that it is nobody's work any more."""
 
 
-@asynccontextmanager
-async def turn_at(name: str, replica: Replica, offload: Offload) -> AsyncIterator[Fence | None]:
-    """Hold a turn while the block runs; None if another replica has it. LeaseLostError ends the block when the turn is over."""
+async def find_turn(name: str, replica: Replica, offload: Offload) -> Fence | None:
+    """Take a turn, to be released by the caller; None if another replica has it."""
     task = asyncio.ensure_future(offload(replica.find_turn, name))
     try:
-        fence = await settled(task)
+        return await settled(task)
     except asyncio.CancelledError:
         if task.exception() is None:
             await _release(task.result(), offload)
         raise
+
+
+@asynccontextmanager
+async def turn_at(name: str, replica: Replica, offload: Offload) -> AsyncIterator[Fence | None]:
+    """Hold a turn while the block runs; None if another replica has it. LeaseLostError ends the block when the turn is over."""
+    fence = await find_turn(name, replica, offload)
     try:
         async with ended_with(fence):
             yield fence

@@ -27,7 +27,8 @@ from image_service.lifecycle import UNKNOWN_SIZE, Details, Expected, ImageType
 from image_service.said import parse_size
 from image_service.service import ImageService
 from image_service.spool import Pools
-from image_service.uploads import Upload, Uploads
+from image_service.upload_records import Upload
+from image_service.uploads import Uploads
 from image_service.web import render_error
 from imaging.digests import Digest
 from imaging.errors import BusyError, InvalidArgumentError, MistifyError, NotFoundError

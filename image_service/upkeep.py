@@ -74,6 +74,7 @@ class Upkeep:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.keep_collecting(interval_s), name="collect garbage")
             group.create_task(self._importer.keep_taking_over(), name="take over fetches")
+            group.create_task(self._uploads.keep_giving(), name="give uploads away")
             group.create_task(self.catch_up(), name="look at older images")
             group.create_task(self._scrubber.keep_scrubbing(), name="look whether to scrub")
 

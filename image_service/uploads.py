@@ -1,11 +1,12 @@
 """Uploads that come in parts, over any number of requests and restarts, until they are whole and become an image.
 
-An upload is a record (``uploads/<id>`` in the metadata engine) and an ingest of the blob store. Its id becomes the image's id; until then
+An upload is a record (:mod:`image_service.upload_records`) and an ingest of the blob store. Its id becomes the image's id; until then
 no list shows it. Each part that was acknowledged is durable. The length is told at the start, so its room is reserved until it is
 whole, given up, or has expired. Parts follow each other: one writer at a time, at exactly the offset that is durable.
 
 The ingest stays open between two parts, so that nothing is hashed or looked at twice; a restart, or too many open ones, costs one pass over
-what is there.
+what is there. So does a part that comes to another replica: it asks for the turn at the upload, and who holds it idly gives it away. Where
+a balancer can send one client's parts to one replica, it should.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -27,10 +29,12 @@ from image_service.collector import TUS_PREFIX, Collector
 from image_service.facts import Facts
 from image_service.importer import utc_now
 from image_service.inspector import Inspector
-from image_service.lifecycle import Details, Expected, Image, ImageType, new_upload, set_finished
+from image_service.lifecycle import Details, Expected, ImageType, new_upload, set_finished
 from image_service.metadata import MetadataStore
 from image_service.service import check_expected
 from image_service.spool import Pools, Spool, settled
+from image_service.turns import find_turn
+from image_service.upload_records import Upload, UploadRecords
 from imaging.blobs.base import BlobStore
 from imaging.digests import Digest
 from imaging.errors import (
@@ -38,15 +42,26 @@ from imaging.errors import (
     BusyError,
     ConflictError,
     InvalidArgumentError,
+    LeaseLostError,
     MistifyError,
     NoSpaceError,
     NotFoundError,
     TooLargeError,
     UnavailableError,
 )
-from imaging.kv.base import Delete, Put
+from imaging.kv.leases import Fence
 
-RECORDS = "uploads/"
+LAST_MOMENT_S = 1.0
+"""A part that has ended is seen a moment before it is out of the way."""
+
+GIVE_INTERVAL_S = 0.5
+"""How often to look for somebody who waits for a turn that is held idly: one short call."""
+
+ASK_INTERVAL_S = 0.3
+"""How often whoever waits for a turn tries again."""
+
+ASK_MARGIN_S = 2.0
+"""Waited for longer than a dead holder keeps its turn."""
 
 METADATA_MAX_CHARS = 8192
 """Repeated to whoever asks; aiohttp takes no longer header."""
@@ -66,23 +81,13 @@ class UploadLimits:
     """Without a part for so long an upload is given up: a day covers every outage and the night."""
 
 
-class Upload(msgspec.Struct, frozen=True, kw_only=True):
-    """One upload as stored."""
-
-    image: Image
-    """What the image will be; its id is the upload's."""
-    length_bytes: int
-    metadata: str = ""
-    """What the client said, as it said it."""
-    expires_s: float = 0.0
-
-
 @dataclass(slots=True)
 class _Session:
-    """An upload while the service lives."""
+    """An upload as this process knows it. Without the turn that is what it was some time ago."""
 
     upload: Upload
     offset_bytes: int = 0
+    turn: Fence | None = None
     room: Reservation | None = None
     spool: Spool | None = None
     used_s: float = 0.0
@@ -91,7 +96,12 @@ class _Session:
     @property
     def ref(self) -> str:
         """The ingest's name, and its lease's."""
-        return TUS_PREFIX + self.upload.image.id
+        return self.upload.ref
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether nobody else writes it, as far as we know."""
+        return self.turn is not None and not self.turn.is_lost
 
     @property
     def whole(self) -> bool:
@@ -114,7 +124,7 @@ class Uploads:
         now: Callable[[], datetime] = utc_now,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._records = records
+        self._records = UploadRecords(records)
         self._blobs = blobs
         self._collector = collector
         self._inspector = inspector
@@ -127,38 +137,27 @@ class Uploads:
         self._sessions: dict[str, _Session] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._parked = False
-        collector.add_refs(self.wants)
+        collector.add_refs(self._records.is_wanted)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
-    def wants(self, ref: str) -> bool:
-        """Whether it is the ingest of an upload that may go on (blocking: for the collector)."""
-        return (
-            ref.startswith(TUS_PREFIX) and self._records.engine.get(RECORDS + ref.removeprefix(TUS_PREFIX)) is not None
-        )
-
-    def _load(self) -> Sequence[Upload]:
-        entries = self._records.engine.list(RECORDS)
-        try:
-            return [msgspec.json.decode(entry.value, type=Upload) for entry in entries]
-        except msgspec.MsgspecError as err:
-            raise BadDataError("the record of an upload is damaged") from err
-
     async def start(self) -> None:
-        """Take up what was under way at the last stop; what is whole becomes an image."""
-        here = {info.ref: info.offset_bytes for info in await self._data(self._blobs.ingests)}
-        for upload in await self._offload(self._load):
+        """Take up what was under way at the last stop; what is whole and nobody's becomes an image."""
+        held = await self._offload(self._records.replica.held, TUS_PREFIX)
+        for upload in await self._offload(self._records.list):
             session = _Session(upload)
-            session.offset_bytes = here.get(session.ref, 0)
-            if await self._offload(self._records.find_by_id, upload.image.id) is not None:
-                await self._remove(session)  # it had become an image
-                continue
+            session.offset_bytes = await self._stored(session)
             self._sessions[upload.image.id] = session
             await self._reserve_again(session)
-            if session.whole:
+            if session.whole and session.ref not in held:
                 task = asyncio.create_task(self._finish_alone(session))
                 self._finishing.add(task)
                 task.add_done_callback(self._finishing.discard)
+
+    async def _stored(self, session: _Session) -> int:
+        """How much of it is durable."""
+        info = await self._data(self._blobs.find_ingest, session.ref)
+        return 0 if info is None else info.offset_bytes
 
     async def _reserve_again(self, session: _Session) -> None:
         try:
@@ -171,6 +170,7 @@ class Uploads:
     async def _finish_alone(self, session: _Session) -> None:
         try:
             async with session.lock:
+                await self._own(session, wait_s=0)
                 await self._finish(session)
         except MistifyError as err:
             log.warning("upload did not become an image: %s", err.message, extra={"ref": session.ref})
@@ -185,11 +185,43 @@ class Uploads:
 
     async def expire(self) -> None:
         """Give up uploads that got no part for too long."""
-        for session in list(self._sessions.values()):
-            if session.upload.expires_s <= self._clock() and not session.lock.locked():
-                async with session.lock:
+        for upload in await self._offload(self._records.list):
+            session = self._sessions.setdefault(upload.image.id, _Session(upload))
+            if upload.expires_s > self._clock() or session.lock.locked():
+                continue
+            async with session.lock:
+                try:
+                    await self._own(session, wait_s=0)
+                except (BusyError, NotFoundError):
+                    continue  # another replica's, or given up by it
+                if session.upload.expires_s <= self._clock():
                     log.info("upload has expired", extra={"ref": session.ref})
                     await self._remove(session)
+        await self._forget_ended()
+
+    async def _forget_ended(self) -> None:
+        """What another replica brought to its end holds no room here."""
+        known = {upload.image.id for upload in await self._offload(self._records.list)}
+        for session in list(self._sessions.values()):
+            if session.upload.image.id not in known and not session.has_turn and not session.lock.locked():
+                self._forget(session)
+
+    async def keep_giving(self) -> None:
+        """Give away turns that are held idly and that somebody waits for, until cancelled."""
+        while True:
+            try:
+                await self._give()
+            except MistifyError as err:
+                log.warning("can't see who waits for an upload: %s", err.message)
+            await asyncio.sleep(GIVE_INTERVAL_S)
+
+    async def _give(self) -> None:
+        for name, ask in await self._offload(self._records.asked):
+            session = self._sessions.get(name.removeprefix(TUS_PREFIX))
+            if session is not None and session.has_turn and not session.lock.locked():
+                async with session.lock:
+                    await settled(self._shut(session))
+                await self._offload(self._records.heard, ask)
 
     # -- what callers do ---------------------------------------------------------------------------------------------
 
@@ -203,7 +235,8 @@ class Uploads:
         metadata: str = "",
     ) -> Upload:
         """Begin an upload; TooLargeError, NoSpaceError, UnavailableError (too many)."""
-        if self._parked or len(self._sessions) >= self._limits.uploads_max:
+        there = await self._offload(self._records.list, self._limits.uploads_max)
+        if self._parked or len(there) >= self._limits.uploads_max:
             raise UnavailableError("too many uploads are under way; try again later")
         if len(metadata) > METADATA_MAX_CHARS:
             raise InvalidArgumentError(f"upload metadata is longer than {METADATA_MAX_CHARS} characters")
@@ -215,31 +248,76 @@ class Uploads:
         session = _Session(upload)
         session.room = await self._offload(self._admission.reserve, session.ref, length_bytes)
         try:
-            await settled(self._save(session, upload))
+            await settled(self._offload(self._records.add, upload))
         except BaseException:
             session.room.end()
             raise
         self._sessions[image.id] = session
         return upload
 
-    async def _save(self, session: _Session, upload: Upload) -> None:
-        session.upload = upload
-        key = RECORDS + upload.image.id
-        await self._offload(self._records.engine.transact, [Put(key, msgspec.json.encode(upload))])
-
-    def _get(self, upload_id: str) -> _Session:
+    async def _get(self, upload_id: str) -> _Session:
+        """The upload as it is now; NotFoundError."""
         session = self._sessions.get(upload_id)
-        if session is None or self._parked:
+        if self._parked:
+            raise UnavailableError("the service is stopping; try again later")
+        if session is not None and (session.has_turn or session.lock.locked()):
+            return session
+        upload = await self._offload(self._records.find, upload_id)
+        if upload is None:
+            if session is not None:
+                self._forget(session)
             raise NotFoundError("not found")
+        session = self._sessions.setdefault(upload_id, _Session(upload))
+        if not session.has_turn:
+            session.upload, session.offset_bytes = upload, upload.offset_bytes
         return session
+
+    async def _own(self, session: _Session, *, wait_s: float) -> None:
+        """Have the turn at an upload (called with its lock); BusyError, NotFoundError if it has ended meanwhile."""
+        if session.has_turn:
+            return
+        if session.spool is not None:  # of a turn that was lost
+            await self._shut(session)
+        deadline = time.monotonic() + wait_s
+        while (turn := await find_turn(session.ref, self._records.replica, self._offload)) is None:
+            if time.monotonic() >= deadline:
+                raise BusyError("another part of this upload is being written", [session.upload.image.id])
+            await self._offload(self._records.ask, session.ref)
+            await asyncio.sleep(ASK_INTERVAL_S)
+        session.turn = turn
+        upload = await self._offload(self._records.find, session.upload.image.id)
+        if upload is None:
+            await self._release(session)
+            self._forget(session)
+            raise NotFoundError("not found")
+        session.upload, session.offset_bytes = upload, await self._stored(session)
+
+    async def _release(self, session: _Session) -> None:
+        turn, session.turn = session.turn, None
+        if turn is not None:
+            await settled(self._offload(turn.release))
+
+    def _forget(self, session: _Session) -> None:
+        self._sessions.pop(session.upload.image.id, None)
+        if session.room is not None:
+            session.room.end()
+
+    @property
+    def _wait_s(self) -> float:
+        """How long a part waits for its turn: for as long as a replica that has died is waited for."""
+        return self._records.replica.ttl_s + ASK_MARGIN_S
 
     async def state(self, upload_id: str) -> tuple[Upload, int]:
         """An upload and how much of it is durable; NotFoundError. A whole one is seen only when it is an image."""
-        session = self._get(upload_id)
+        session = await self._get(upload_id)
+        if not session.has_turn and not session.lock.locked():
+            session.offset_bytes = max(session.upload.offset_bytes, await self._stored(session))
         if session.whole:
             async with session.lock:
                 if upload_id in self._sessions:
-                    await self._finish(session)
+                    await self._own(session, wait_s=self._wait_s)
+                    if session.whole:
+                        await self._finish(session)
         return session.upload, session.offset_bytes
 
     async def append(self, upload_id: str, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
@@ -248,26 +326,29 @@ class Uploads:
         ConflictError if it does not begin where the upload ends, BusyError if another part is being written, BadDataError and
         TooLargeError if the bytes are no image (the upload is gone then). Whatever else goes wrong keeps what came in.
         """
-        session = self._get(upload_id)
-        if session.lock.locked():
-            raise BusyError("another part of this upload is being written", [upload_id])
-        async with session.lock:
-            self._get(upload_id)
-            if offset_bytes != session.offset_bytes:
-                raise ConflictError(f"the upload is at {session.offset_bytes}, not at {offset_bytes}")
-            await self._open(session)
-            await self._take(session, chunks)
-            if session.whole:
-                await self._finish(session)
-            else:
-                await self._extend(session)
-            return session.upload, session.offset_bytes
+        session = await self._get(upload_id)
+        async with _free(session):
+            try:
+                await self._own(session, wait_s=self._wait_s)
+                return await self._append(session, offset_bytes, chunks)
+            except LeaseLostError as err:
+                await self._shut(session)
+                raise UnavailableError("the upload was paused for too long; ask where it is and go on") from err
+
+    async def _append(self, session: _Session, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
+        if offset_bytes != session.offset_bytes:
+            raise ConflictError(f"the upload is at {session.offset_bytes}, not at {offset_bytes}")
+        await self._open(session)
+        await self._take(session, chunks)
+        if session.whole:
+            await self._finish(session)
+        return session.upload, session.offset_bytes
 
     async def delete(self, upload_id: str) -> None:
         """Give up an upload; NotFoundError. Waits for a part that is being written."""
-        session = self._get(upload_id)
+        session = await self._get(upload_id)
         async with session.lock:
-            self._get(upload_id)
+            await self._own(session, wait_s=self._wait_s)
             await settled(self._remove(session))
 
     # -- one part ----------------------------------------------------------------------------------------------------
@@ -283,7 +364,9 @@ class Uploads:
         await self._offload(room.announce, length, received_bytes=session.offset_bytes)
         inspect = functools.partial(self._inspector.begin, session.upload.image.type)
         limit = self._admission.size_max_bytes
-        session.spool = await Spool.open(self._blobs, self._data, room, max_bytes=limit, inspect=inspect)
+        session.spool = await Spool.open(
+            self._blobs, self._data, room, max_bytes=limit, inspect=inspect, turn=session.turn
+        )
         session.offset_bytes = session.spool.offset_bytes
 
     async def _shut_idle(self) -> None:
@@ -311,6 +394,7 @@ class Uploads:
         assert session.spool is not None
         try:
             session.offset_bytes = await session.spool.checkpoint()
+            await self._note(session)
         except (BadDataError, TooLargeError):
             await self._remove(session)
             raise
@@ -318,27 +402,34 @@ class Uploads:
             await self._shut(session)
             raise
 
+    async def _note(self, session: _Session) -> None:
+        """Write down how far it is, and let it live longer."""
+        assert session.turn is not None
+        session.upload = msgspec.structs.replace(
+            session.upload, offset_bytes=session.offset_bytes, expires_s=self._clock() + self._limits.expiry_s
+        )
+        await self._offload(self._records.save, session.upload, session.turn)
+        await self._data(self._blobs.lease, session.ref, ttl_s=self._limits.expiry_s)
+
     async def _shut(self, session: _Session) -> None:
-        """Let go of the ingest; a part that is being written is waited for by the ingest itself."""
+        """Let go of the ingest, then of the turn; a part that is being written is waited for by the ingest itself."""
         spool, session.spool = session.spool, None
-        if spool is None:
-            return
         try:
-            await spool.close()
+            if spool is not None:
+                await spool.close()
+                session.offset_bytes = await self._stored(session)
         except MistifyError as err:
             log.warning("upload could not be closed: %s", err.message, extra={"ref": session.ref})
-        here = {info.ref: info.offset_bytes for info in await self._data(self._blobs.ingests)}
-        session.offset_bytes = here.get(session.ref, 0)
-
-    async def _extend(self, session: _Session) -> None:
-        expires_s = self._clock() + self._limits.expiry_s
-        await settled(self._save(session, msgspec.structs.replace(session.upload, expires_s=expires_s)))
-        await self._data(self._blobs.lease, session.ref, ttl_s=self._limits.expiry_s)
+        finally:
+            await self._release(session)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     async def _finish(self, session: _Session) -> None:
         """All bytes are here: an image, or nothing."""
+        if await self._offload(self._records.is_image, session.upload):
+            await settled(self._remove(session))  # a crash came between the two
+            return
         await self._open(session)
         try:
             await settled(self._publish(session))
@@ -347,28 +438,44 @@ class Uploads:
             raise
 
     async def _publish(self, session: _Session) -> None:
-        spool, image = session.spool, session.upload.image
+        spool, image, turn = session.spool, session.upload.image, session.turn
         assert spool is not None
+        assert turn is not None
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
         info = await spool.commit(digest=wanted, size_bytes=session.upload.length_bytes)
         session.spool = None
 
         def record(facts: Facts) -> None:
-            self._records.put(set_finished(image, info.digest, info.size_bytes, facts, now=self._now()))
+            finished = set_finished(image, info.digest, info.size_bytes, facts, now=self._now())
+            self._records.put_image(finished, turn)
 
         await self._data(self._inspector.publish, session.ref, image, info, spool.inspection, record)
         await self._remove(session)
 
     async def _remove(self, session: _Session) -> None:
         """Forget the upload and its bytes, if it has any left."""
+        assert session.turn is not None
+        await self._offload(self._records.remove, session.upload, session.turn)  # first: it tells whose the bytes are
         spool, session.spool = session.spool, None
         if spool is not None:
             await spool.abort()
         await self._data(self._collector.forget, session.ref)
-        await self._offload(self._records.engine.transact, [Delete(RECORDS + session.upload.image.id)])
-        self._sessions.pop(session.upload.image.id, None)
-        if session.room is not None:
-            session.room.end()
+        await self._release(session)
+        self._forget(session)
+
+
+@asynccontextmanager
+async def _free(session: _Session) -> AsyncIterator[None]:
+    """Hold the session's lock; BusyError if somebody else does, and not only for its last moment."""
+    try:
+        async with asyncio.timeout(LAST_MOMENT_S):
+            await session.lock.acquire()
+    except TimeoutError as err:
+        raise BusyError("another part of this upload is being written", [session.upload.image.id]) from err
+    try:
+        yield
+    finally:
+        session.lock.release()
 
 
 def _check_end(upload: Upload, end_bytes: int) -> None:
