@@ -6,7 +6,11 @@ file without a lock has no owner. Making one and locking it is a step nobody swe
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
+import itertools
+import mmap
 import os
 import secrets
 import shutil
@@ -33,8 +37,12 @@ NAMED_KEEP_S = 86400.0
 PIECE_BYTES = 1 << 20
 """Read, hashed and written at once."""
 
-WRITEBACK_BYTES = 16 << 20
-"""The kernel is asked to write so much at a time, so that the fsync at the end finds little to do."""
+BUFFERS = 3
+"""One is read into while one is hashed and written; a third, so that no stage waits for the next to take its turn."""
+
+DIRECT_FROM_BYTES = 64 << 20
+"""From here on an image is written past the page cache, which costs more than hashing and pushes out what others need. What comes before
+stays cached: the whole of most images, which are read again at once for their manifest."""
 
 IMPORT_LIMITS = DecompressionLimits(output_max_bytes=256 << 30, ratio_max=200, ratio_floor_bytes=1 << 30)
 """256 GiB is far beyond any container image. Real ones shrink to a third; what grows two hundredfold beyond 1 GiB is a bomb."""
@@ -146,6 +154,14 @@ class _Source:
         self.ended = self.ended or not data
         return data
 
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Straight into the buffer if the source can do that."""
+        if isinstance(self._source, io.FileIO | io.BufferedReader):
+            return self._source.readinto(buffer) or 0
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
 
 def open_image(source: Readable, limits: DecompressionLimits) -> Readable:
     """The unpacked bytes of an image, by its content; BadDataError for what is no image."""
@@ -167,10 +183,23 @@ class _Plain:
 
     def read(self, size: int = -1, /) -> bytes:
         piece, self._head = self._head or self._source.read(size), b""
-        self._left_bytes -= len(piece)
+        self._count(len(piece))
+        return piece
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """The same without a copy between."""
+        count = len(self._head)
+        if count:
+            buffer[:count], self._head = self._head, b""
+        else:
+            count = self._source.readinto(buffer)
+        self._count(count)
+        return count
+
+    def _count(self, size_bytes: int) -> None:
+        self._left_bytes -= size_bytes
         if self._left_bytes < 0:
             raise TooLargeError("the image is larger than the limit")
-        return piece
 
 
 class _Unpacked:
@@ -191,24 +220,65 @@ class _Unpacked:
 
 def fill(target: Temporary, source: Readable) -> tuple[Digest, int]:
     """Write all of ``source`` durably; its sha512 and length. Reading, hashing and writing go on beside each other."""
-    hasher = MultiHasher(["sha512"])
-    size = flushed = 0
+    hasher, size = MultiHasher(["sha512"]), 0
+    buffers = [memoryview(mmap.mmap(-1, PIECE_BYTES)) for _ in range(BUFFERS)]
     with ThreadPoolExecutor(2, thread_name_prefix="import") as pool:
         hashing: Future[None] | None = None
-        reading = pool.submit(source.read, PIECE_BYTES)
-        while piece := reading.result():
-            reading = pool.submit(source.read, PIECE_BYTES)
+        reading = pool.submit(_read_into, source, buffers[0])
+        for turn in itertools.count(1):
+            piece = buffers[(turn - 1) % BUFFERS][: reading.result()]
+            if not piece:
+                break
+            reading = pool.submit(_read_into, source, buffers[turn % BUFFERS])
             if hashing is not None:
                 hashing.result()
             hashing = pool.submit(hasher.update, piece)
-            write_all(target.fd, piece, size)
+            _write(target.fd, piece, size)
             size += len(piece)
-            if size - flushed >= WRITEBACK_BYTES:
-                start_writeback(target.fd, flushed, size - flushed)
-                flushed = size
     with os_errors("cannot write a temporary file"):
+        _set_direct(target.fd, direct=False)
         os.fsync(target.fd)
     return hasher.digest("sha512"), size
+
+
+def _read_into(source: Readable, buffer: memoryview) -> int:
+    """Fill the buffer, less only at the end of the source; how much."""
+    filled = 0
+    while filled < len(buffer):
+        if isinstance(source, _Plain):
+            count = source.readinto(buffer[filled:])
+        else:
+            data = source.read(len(buffer) - filled)
+            count = len(data)
+            buffer[filled : filled + count] = data
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _write(fd: int, piece: memoryview, offset_bytes: int) -> None:
+    """A piece to its place, past the page cache once the image shows to be large."""
+    direct = offset_bytes >= DIRECT_FROM_BYTES and len(piece) == PIECE_BYTES
+    _set_direct(fd, direct=direct)
+    try:
+        write_all(fd, piece, offset_bytes)
+    except OSError as err:
+        if not direct or err.errno != errno.EINVAL:
+            raise
+        _set_direct(fd, direct=False)  # a file system that takes the wish and not the write
+        write_all(fd, piece, offset_bytes)
+    if not direct:
+        start_writeback(fd, offset_bytes, len(piece))
+
+
+def _set_direct(fd: int, *, direct: bool) -> None:
+    """Write past the page cache from now on, or not; where that can't be, through it."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT
+    if wanted != flags:
+        with suppress(OSError):  # a memory file system, for instance
+            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
 
 
 def hash_file(path: Path) -> Digest:
