@@ -9,15 +9,19 @@ TEST_WORKERS ?= $(shell nproc)
 TEST_PROGRAMS := qemu-system-x86_64=qemu-system-x86 qemu-img=qemu-utils systemd-analyze=systemd gpg=gnupg gpgv=gpgv \
 	openssl=openssl skopeo=skopeo umoci=umoci etcd=etcd-server swift-proxy-server=swift-proxy \
 	swift-account-server=swift-account swift-container-server=swift-container swift-object-server=swift-object \
-	memcached=memcached chromium=chromium
+	memcached=memcached haproxy=haproxy etcdctl=etcd-client chromium=chromium
+# What make cluster-demo runs.
+CLUSTER_PROGRAMS := qemu-system-x86_64=qemu-system-x86 etcd=etcd-server haproxy=haproxy memcached=memcached \
+	swift-proxy-server=swift-proxy swift-account-server=swift-account swift-container-server=swift-container \
+	swift-object-server=swift-object
 # More words for pytest, for a part of the tests: make test PYTEST_ARGS="tests/unit -k names"
 PYTEST_ARGS ?=
 WITHOUT ?=
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run check format test test-zfs bench bench-zfs install clean
+.PHONY: help venv demo cluster-demo run check format test test-zfs bench bench-zfs install clean
 
 help: ## Print every target with what it does
-	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-10s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z][a-z-]*:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-13s%s\n", $$1, $$2}'
 
 venv: $(VENV)/.done ## Make .venv with everything, all extras (PYTHON=/path chooses the interpreter)
 $(VENV)/.done: setup.cfg setup.py pyproject.toml scripts/make-venv imaging/sendstream/native.c
@@ -26,6 +30,10 @@ $(VENV)/.done: setup.cfg setup.py pyproject.toml scripts/make-venv imaging/sends
 demo: venv ## Show the whole system at work and boot a guest (IMAGE=/path to any raw disk or stream overrides the guest)
 	@scripts/ensure-packages qemu-system-x86_64=qemu-system-x86
 	@$(VENV)/bin/python -m demo
+
+cluster-demo: venv ## Show two image services on etcd and S3 behind a load balancer, and what happens when each part is killed
+	@scripts/ensure-packages $(CLUSTER_PROGRAMS)
+	@$(VENV)/bin/python -m demo.cluster
 
 run: venv ## Start both daemons in the foreground on ports 19999 and 20000, and print three commands to try
 	@$(VENV)/bin/python -m demo.run
@@ -41,12 +49,19 @@ format: venv ## Format the code and repair what ruff can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: venv ## Run every test but those of real OpenZFS (make test-zfs), setting up what they need (WITHOUT="qemu" leaves one out)
+test: venv ## Run every test, setting up what they need (WITHOUT="qemu zfs" leaves some out, PYTEST_ARGS="..." runs a part, here)
 	@scripts/ensure-packages $(TEST_PROGRAMS)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/integration/test_zfs_*.py' \
 		$(addprefix --without ,$(WITHOUT)) $(PYTEST_ARGS)
+ifeq ($(PYTEST_ARGS),)
+ifeq ($(filter zfs,$(WITHOUT)),)
+	VENV=$(VENV) tests/lab/test-zfs
+else
+	@echo 'make test: left out by name: what needs real OpenZFS'
+endif
+endif
 
-test-zfs: venv ## Run what needs real OpenZFS, in a throw-away virtual machine where this one has none (root)
+test-zfs: venv ## Run what needs real OpenZFS alone, in throw-away virtual machines where this one has none (root)
 	VENV=$(VENV) tests/lab/test-zfs
 
 bench: venv ## Measure against the obvious alternatives, side by side; prints the tables of docs/benchmarks.md

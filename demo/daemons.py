@@ -59,9 +59,9 @@ def image_service(state: Path, port: int = 0, log: Path | None = None) -> Iterat
 
 
 @contextmanager
-def agent(state: Path, service: Daemon, port: int = 0, log: Path | None = None) -> Iterator[Daemon]:
-    """Run an agent with the file driver below ``state`` that pulls from ``service``; port 0 takes a free one."""
-    flags = ["--driver", "file", "--image-service", f"127.0.0.1:{service.port}"]
+def agent(state: Path, service_port: int, port: int = 0, log: Path | None = None) -> Iterator[Daemon]:
+    """Run an agent with the file driver below ``state`` that pulls from the image service on ``service_port``; port 0 takes a free one."""
+    flags = ["--driver", "file", "--image-service", f"127.0.0.1:{service_port}"]
     with _running("agent_image", state, flags, port, log) as daemon:
         yield daemon
 

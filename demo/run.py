@@ -39,7 +39,7 @@ def main() -> int:
     try:
         with (
             daemons.image_service(STATE.resolve() / "image-service", SERVICE_PORT) as service,
-            daemons.agent(STATE.resolve() / "agent", service, AGENT_PORT) as agent,
+            daemons.agent(STATE.resolve() / "agent", service.port, AGENT_PORT) as agent,
         ):
             print(_TO_TRY, flush=True)
             while not asked_to_stop.wait(WATCH_INTERVAL_S):

@@ -47,23 +47,29 @@ class Stage:
 
 def tell(narrator: Narrator, directory: Path, given: str | None, greeting: str | None) -> None:
     """Run the whole story in ``directory``; DemoError if anything is not as it should be."""
-    stage = _prepare(narrator, directory, given, greeting)
+    stage = prepare(narrator, directory, given, greeting)
     with contextlib.ExitStack() as servers:
         start(stage, servers)
-        upload(stage)
-        pull(stage)
-        create_disks(stage)
-        if stage.is_ours:
-            mark(stage)
-        snapshot(stage)
-        damage_and_roll_back(stage)
-        download_and_apply(stage)
-        boot(stage)
-        delete(stage)
+        act(stage)
         stop(stage, servers)
 
 
-def _prepare(narrator: Narrator, directory: Path, given: str | None, greeting: str | None) -> Stage:
+def act(stage: Stage) -> None:
+    """Do everything with an image that a fleet does: between starting the daemons and stopping them."""
+    upload(stage)
+    pull(stage)
+    create_disks(stage)
+    if stage.is_ours:
+        mark(stage)
+    snapshot(stage)
+    damage_and_roll_back(stage)
+    download_and_apply(stage)
+    boot(stage)
+    delete(stage)
+
+
+def prepare(narrator: Narrator, directory: Path, given: str | None = None, greeting: str | None = None) -> Stage:
+    """Have an image: the one that was given, or one of our own making."""
     if given:
         with narrator.step("Take the image you gave", "Any raw disk or ZFS volume stream, compressed or not.") as say:
             image = Path(given)
@@ -84,7 +90,7 @@ def start(stage: Stage, servers: contextlib.ExitStack) -> None:
     with stage.narrator.step("Start both daemons", why) as say:
         place = stage.directory
         service = servers.enter_context(daemons.image_service(place / "image-service", log=place / "image-service.log"))
-        agent = servers.enter_context(daemons.agent(place / "agent", service, log=place / "agent.log"))
+        agent = servers.enter_context(daemons.agent(place / "agent", service.port, log=place / "agent.log"))
         stage.service = servers.enter_context(ImageServiceClient(service.url))
         stage.agent = servers.enter_context(AgentClient(agent.url))
         say(f"image-service on {service.url}, agent-image on {agent.url}")

@@ -46,6 +46,8 @@ BACKENDS = {
         _program("swift-proxy-server"),
         "apt-get install swift-proxy swift-account swift-container swift-object memcached",
     ),
+    "haproxy": Backend(_program("haproxy"), "apt-get install haproxy"),
+    "etcdctl": Backend(_program("etcdctl"), "apt-get install etcd-client"),
     "browser": Backend(_program("chromium"), "apt-get install chromium"),
 }
 
