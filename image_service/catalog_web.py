@@ -7,7 +7,9 @@ appear. Documents named by their content never change and may be cached for ever
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from email.utils import formatdate
 from pathlib import Path
 
 import msgspec
@@ -62,14 +64,23 @@ class CatalogEndpoints:
         is_index = bool(_INDEX.match(name))
         if is_index:
             await self._catalog.refresh()
-        data = await self._pools.data(_read, self._catalog.directory / "streams" / "v1" / name)
+        data, modified_s = await self._read(name)
         tag = f'"{hashlib.sha256(data).hexdigest()}"'
-        headers = {hdrs.ETAG: tag, hdrs.CACHE_CONTROL: ASK_AGAIN if is_index else FOREVER}
+        headers = {hdrs.ETAG: tag, hdrs.CACHE_CONTROL: ASK_AGAIN if is_index else FOREVER} | _modified(modified_s)
         conditions = {one.strip().removeprefix("W/") for one in request.headers.get(hdrs.IF_NONE_MATCH, "").split(",")}
         if conditions & {tag, "*"}:
             return web.Response(status=304, headers=headers)
         kind = "application/json" if name.endswith(".json") else "text/plain"
         return web.Response(body=data, headers=headers, content_type=kind, charset="utf-8")
+
+    async def _read(self, name: str) -> tuple[bytes, float]:
+        """A document; one that is not here may be in an index that another replica gave, and is built."""
+        path = self._catalog.directory / "streams" / "v1" / name
+        try:
+            return await self._pools.data(_read, path)
+        except NotFoundError:
+            await self._catalog.refresh()
+            return await self._pools.data(_read, path)
 
     async def file(self, request: web.Request) -> web.StreamResponse:
         """GET and HEAD /files/{sha256}/{name}."""
@@ -77,7 +88,9 @@ class CatalogEndpoints:
         if not _SHA256.match(sha256):
             raise NotFoundError("not found")
         info = await self._pools.data(self._blobs.info, Digest("sha256", sha256))
-        return await send_blob(request, self._blobs, info, self._pools.data, {hdrs.CACHE_CONTROL: FOREVER})
+        return await send_blob(
+            request, self._blobs, info, self._pools.data, {hdrs.CACHE_CONTROL: FOREVER} | _modified(info.created_s)
+        )
 
     async def list(self, _request: web.Request) -> web.Response:
         """GET /catalog/images."""
@@ -117,10 +130,15 @@ def _image_id(request: web.Request) -> str:
         raise NotFoundError("not found") from err
 
 
-def _read(path: Path) -> bytes:
+def _modified(time_s: float) -> dict[str, str]:
+    return {hdrs.LAST_MODIFIED: formatdate(time_s, usegmt=True)}
+
+
+def _read(path: Path) -> tuple[bytes, float]:
+    """A document, and when it was written."""
     try:
-        with os_errors("no such document"):
-            return path.read_bytes()
+        with os_errors("no such document"), path.open("rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mtime
     except NotFoundError as err:
         raise NotFoundError("not found") from err
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,9 @@ def test_catalogue_answers_304_and_says_what_may_be_cached(service: Daemon) -> N
     part = call(service, "GET", f"/{item['path']}", headers={"Range": "bytes=1-3"})
     assert (part.status_code, len(part.content)) == (206, 3)
     assert "immutable" in part.headers["Cache-Control"]
+    for answer in (index, products, part):
+        assert parsedate_to_datetime(answer.headers["Last-Modified"]) <= datetime.now(UTC)
+        assert answer.headers["ETag"]
 
 
 @pytest.mark.parametrize(
