@@ -207,17 +207,6 @@ def test_packed_body_is_not_unpacked(agent: Agent) -> None:
 WRONG_NAMES = ["..", "../x", "a/../b", "/abs", "-rf", "a,b", "a%b", "a b", ".", "a//b", "a/", "a\0b", "x" * 300]
 
 
-@pytest.mark.parametrize("name", WRONG_NAMES)
-@pytest.mark.parametrize("call", ["DeleteDataset", "GetVolume", "ListSnapshots", "CreateVolume", "CreateSnapshot"])
-def test_name_that_leaves_its_place_is_no_dataset(agent: Agent, call: str, name: str) -> None:
-    assert agent.error(call, id=name, size=1, dest="s") == "not a valid dataset"
-
-
-@pytest.mark.parametrize("name", ["{pool}", "{pool}/images", "images", "guests"])
-def test_layout_of_the_pool_can_not_be_deleted(agent: Agent, pool: str, name: str) -> None:
-    assert "can't be deleted" in agent.error("DeleteDataset", id=name.format(pool=pool))
-
-
 @pytest.mark.parametrize("name", [*WRONG_NAMES, "mistify/images/.."])
 def test_download_of_a_name_that_leaves_its_place_is_400(agent: Agent, name: str) -> None:
     answer = exchange(agent, request(json.dumps({"id": f"{name}@s"}).encode(), line="GET /snapshots/download"))
@@ -236,8 +225,8 @@ def test_download_query_that_is_a_trick_finds_nothing(agent: Agent, query: str) 
 
 
 def test_server_without_an_end_stops_at_the_limit(tmp_path: Path, image_server: FakeImageServer) -> None:
-    """Gigabytes of zeros in a few megabytes, and twice that packed again."""
-    bomb = gzip.compress(bytes(1 << 30), 9)
+    """A large disk of zeros in few bytes, and these packed again."""
+    bomb = gzip.compress(bytes(256 << 20))
     image_server.serve("bomb", bomb)
     image_server.serve("bomb-in-a-bomb", gzip.compress(bomb))
     state_dir = tmp_path / "state"
@@ -258,18 +247,6 @@ def test_redirect_to_what_is_no_http_is_refused(agent: Agent, image_server: Fake
 
 
 # -- the machine -----------------------------------------------------------------------------------------------------
-
-
-def test_second_agent_on_a_state_directory_says_who_has_it(tmp_path: Path) -> None:
-    with start_agent(tmp_path / "state") as first:
-        second = new_agent(tmp_path / "state")
-        second.log_path = tmp_path / "second.log"
-        second.start(wait=False)
-        assert second.process is not None
-        assert second.process.wait(60) == 1
-        assert f"is locked by process {first.pid}" in second.log()
-        assert "Traceback" not in second.log()
-        assert first.is_ready()
 
 
 def test_state_directory_that_is_a_file_is_one_clear_line(tmp_path: Path) -> None:

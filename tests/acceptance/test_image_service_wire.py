@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import socket
@@ -202,6 +203,14 @@ def test_put_takes_chunked_bodies(clean: Daemon, pieces: list[bytes]) -> None:
     whole = b"".join(pieces)
     assert (record["size"], record["digest"], record["type"]) == (len(whole), sha256(whole), "container")
     assert download(clean, record["id"]).content == whole
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "nonsense"])
+def test_put_with_a_content_encoding_is_stored_as_it_came(clean: Daemon, coding: str) -> None:
+    """As ever: whoever packs an image uploads a packed image."""
+    packed = gzip.compress(DATA)
+    record = upload(clean, packed, **{"Content-Encoding": coding})
+    assert (record["size"], record["digest"]) == (len(packed), sha256(packed))
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Image-Type": ""}, {"X-Image-Type": "vmware"}])
