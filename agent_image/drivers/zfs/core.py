@@ -17,6 +17,7 @@ from agent_image.drivers.zfs.locking import ChangeLock
 from agent_image.drivers.zfs.lzc import Lzc
 from agent_image.drivers.zfs.ownership import open_zfs_device, own
 from agent_image.drivers.zfs.properties import VOLBLOCKSIZE_DEFAULT_BYTES, check_volblocksize
+from agent_image.drivers.zfs.together import Together
 from agent_image.drivers.zfs.watch import Watch
 from agent_image.drivers.zfs.written import Span
 from imaging.errors import InvalidNameError, NotFoundError, UnavailableError, WrongKindError
@@ -59,6 +60,7 @@ class ZfsCore:
         self._opened: tuple[Lzc, Watch] | None = None
         self._owned_fd = -1
         self._chosen: Identities | None = None
+        self._snapshots_together = Together(self._snapshot_now, key=lambda name: name.partition("@")[0])
 
     @property
     def name(self) -> str:
@@ -213,6 +215,9 @@ class ZfsCore:
     def _ask_identities(self, names: Sequence[str]) -> Mapping[str, programs.Identity]:
         answer = self._lzc.program(programs.IDENTITY, names)
         return {key.decode(): programs.identity_of(key.decode(), entry) for key, entry in answer.items()}
+
+    def _snapshot_now(self, names: Sequence[str]) -> None:
+        self._lzc.snapshot(names)
 
     def _learn(self, name: DatasetName, *, snapshots: bool = False) -> DatasetInfo:
         """Put a dataset into the index as it is now."""

@@ -27,7 +27,7 @@ class ZfsSnapshots(ZfsDatasets):
             for wanted in names:
                 if self._index.find_snapshot(wanted) is not None:
                     raise AlreadyExistsError(f"{wanted} exists already")
-            self._lzc.snapshot([str(wanted) for wanted in names])
+            self._snapshots_together([str(wanted) for wanted in names])
             identities = self._identities(names)
             made = [
                 SnapshotInfo(wanted, identity.guid, identity.createtxg, identity.creation_s, info.volsize_bytes)
