@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=VOLUMES)
     parser.add_argument("--snapshots", type=int, default=SNAPSHOTS)
     parser.add_argument("--without-pool", action="store_true", help="only the firewall, into a pipe somebody empties")
+    parser.add_argument("--only", choices=("streams", "changes", "answers"), help="one part of it")
     arguments = parser.parse_args()
     if arguments.without_pool:
         _firewall_alone()
@@ -61,18 +62,15 @@ def main() -> None:
     print(harness.machine(), flush=True)
     driver = ZfsDriver(pool)
     driver.open()
-    _streams(report, driver)
-    _changes(report, driver)
-    _fill(report, driver, arguments.volumes, arguments.snapshots)
+    if arguments.only in {None, "streams"}:
+        _streams(report, driver)
+    if arguments.only in {None, "changes"}:
+        _changes(report, driver)
+    if arguments.only in {None, "answers"}:
+        _fill(report, driver, arguments.volumes, arguments.snapshots)
     driver.close()
-    with (
-        tempfile.TemporaryDirectory(prefix="mistify-bench-") as directory,
-        harness.stopwatch() as elapsed_s,
-        start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent,
-    ):
-        report.note(f"the agent was ready {elapsed_s():.0f} s after its start, with its index of all of them")
-        _outside(report, pool, agent)
-        _answers(report, pool, agent)
+    if arguments.only in {None, "answers"}:
+        _ask(report, pool)
     print(report.markdown())
 
 
@@ -202,6 +200,17 @@ def _made_per_s(make: Callable[[], object], callers: int) -> Callable[[], float]
         return MADE_PER_TURN / elapsed_s()
 
     return turn
+
+
+def _ask(report: Report, pool: PoolName) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="mistify-bench-") as directory,
+        harness.stopwatch() as elapsed_s,
+        start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent,
+    ):
+        report.note(f"the agent was ready {elapsed_s():.0f} s after its start, with its index of all of them")
+        _outside(report, pool, agent)
+        _answers(report, pool, agent)
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------
