@@ -1,7 +1,8 @@
 """The service's own catalogue: images become simplestreams documents.
 
 Generated, never edited: what the records and their labels say is what the catalogue says, as of the moment a client asks for its index.
-Nothing is built before the first client asks. Labels are kept beside the records.
+Nothing is built before the first client asks. Labels are kept beside the records; what is in the directory can be built again at any time,
+and is the same on every replica, so that an index read at one leads to documents that any other can give.
 
 A file that leaves the catalogue, because its image was deleted, stays readable for LEASE_TTL_S: clients work with an index they read up
 to an hour ago.
@@ -21,12 +22,14 @@ from typing import Any
 import msgspec
 
 from image_service.catalog_entries import LEASE_TTL_S, CatalogEntry, CatalogLabels, EntryBuilder, entry_key
+from image_service.catalog_labels import LabelStore
 from image_service.lifecycle import Image, ImageStatus
 from image_service.metadata import MetadataStore
 from image_service.spool import Pools, settled
 from imaging.blobs.base import BlobStore
+from imaging.digests import Digest
 from imaging.errors import MistifyError, NotFoundError, UnavailableError
-from imaging.files import atomic_write_bytes, atomic_write_json, make_directory, os_errors, read_json
+from imaging.files import atomic_write_bytes, make_directory, os_errors
 from imaging.simplestreams.constraint import product_id
 from imaging.simplestreams.paths import IMAGE_CONTENT_ID, IMAGE_DOWNLOADS, IMAGE_IDS
 from imaging.simplestreams.publishing import Document, Publisher
@@ -54,34 +57,6 @@ class CatalogSettings:
     endpoint: str = ""
 
 
-class LabelStore:
-    """Labels of images, a file each: notes beside the records, which go with their images."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = make_directory(directory)
-
-    def _path(self, image_id: str) -> Path:
-        return self._directory / f"{image_id}.json"
-
-    def find(self, image_id: str) -> CatalogLabels:
-        """The labels, or the defaults."""
-        try:
-            return msgspec.convert(read_json(self._path(image_id)), CatalogLabels)
-        except NotFoundError:
-            return CatalogLabels()
-
-    def put(self, image_id: str, labels: CatalogLabels) -> None:
-        """Replace an image's labels."""
-        atomic_write_json(self._path(image_id), msgspec.to_builtins(labels))
-
-    def keep_only(self, image_ids: set[str]) -> None:
-        """Forget labels of images that are gone."""
-        with os_errors(f"cannot clean {self._directory}"):
-            for path in self._directory.glob("*.json"):
-                if path.stem not in image_ids:
-                    path.unlink(missing_ok=True)
-
-
 class CatalogBuilder:
     """Builds and publishes the catalogue. Blocking; one thread at a time."""
 
@@ -90,28 +65,35 @@ class CatalogBuilder:
         self._blobs = blobs
         self._settings = settings
         self.directory = make_directory(settings.directory)
-        self.labels = LabelStore(settings.directory / "labels")
+        self.labels = LabelStore(records, older=settings.directory / "labels")
         self._entries_dir = make_directory(settings.directory / "entries")
-        self._builder = EntryBuilder(blobs, settings.directory)
+        self._builder = EntryBuilder(blobs, settings.directory, owner=records.replica.id)
         self._published = ""
         self._renewed_s = 0.0
 
     def refresh(self) -> None:
         """Make the catalogue say what the records say now."""
-        images = [image for image in self._records.iterate() if image.status is ImageStatus.COMPLETE]
-        labelled = [(image, self.labels.find(image.id)) for image in images]
+        labelled, known = self._labelled()
         keys = "".join(entry_key(image, labels) for image, labels in labelled)
         wanted = hashlib.sha256(keys.encode()).hexdigest()
         if wanted != self._published:
             self._publish(labelled)
+            self.labels.forget_gone(
+                {image_id: known[image_id] for image_id in known.keys() - {i.id for i, _ in labelled}}
+            )
             self._published = wanted
         elif time.monotonic() - self._renewed_s > RENEW_S:
             self._lease(self._offered(labelled))
 
     def entries(self) -> list[CatalogEntry]:
         """Every image and how it is offered, or why not."""
+        return [self._entry(image, labels) for image, labels in self._labelled()[0]]
+
+    def _labelled(self) -> tuple[Sequence[tuple[Image, CatalogLabels]], Mapping[str, CatalogLabels]]:
+        """Every complete image with its labels; and all labels there are."""
+        known = self.labels.all()
         images = [image for image in self._records.iterate() if image.status is ImageStatus.COMPLETE]
-        return [self._entry(image, self.labels.find(image.id)) for image in images]
+        return [(image, known.get(image.id, CatalogLabels())) for image in images], known
 
     def _publish(self, labelled: Sequence[tuple[Image, CatalogLabels]]) -> None:
         offered = self._offered(labelled)
@@ -123,14 +105,15 @@ class CatalogBuilder:
             with Signer.from_file(self._settings.key_file) as signer:
                 Publisher(self.directory, signer).publish(documents)
         known = {image.id for image, _ in labelled}
-        self.labels.keep_only({image.id for image in self._records.iterate()})
         for path in self._entries_dir.glob("*.json"):
             if path.stem not in known:
                 path.unlink(missing_ok=True)
         log.info("catalogue published", extra={"images": len(offered)})
 
     def _offered(self, labelled: Sequence[tuple[Image, CatalogLabels]]) -> list[CatalogEntry]:
-        entries = [self._entry(image, labels) for image, labels in labelled if labels.published]
+        offered = [(image, labels) for image, labels in labelled if labels.published]
+        self._builder.hold(digest for image, _ in offered for digest in self._digests(image))
+        entries = [self._entry(image, labels) for image, labels in offered]
         return [entry for entry in entries if entry.items]
 
     def _lease(self, entries: Sequence[CatalogEntry]) -> None:
@@ -158,6 +141,11 @@ class CatalogBuilder:
             return CatalogEntry(image_id=image.id, labels=filled, serial="", key="", reason=err.message)
         atomic_write_bytes(path, msgspec.json.encode(entry))
         return entry
+
+    def _digests(self, image: Image) -> set[Digest]:
+        """What its entry named when it was built here last."""
+        entry = self._load(self._entries_dir / f"{image.id}.json")
+        return set() if entry is None else entry.digests()
 
     @staticmethod
     def _load(path: Path) -> CatalogEntry | None:

@@ -15,7 +15,7 @@ import platform
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -144,9 +144,11 @@ class _Interruptible:
 class EntryBuilder:
     """Builds entries. Blocking; one thread at a time."""
 
-    def __init__(self, blobs: BlobStore, workdir: Path) -> None:
+    def __init__(self, blobs: BlobStore, workdir: Path, *, owner: str = "") -> None:
         self._blobs = blobs
         self._workdir = workdir
+        self._owner = owner
+        """Who builds: replicas build apart, under leases and in ingests of their own."""
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -219,7 +221,7 @@ class EntryBuilder:
         with self._plain_file(info) as source, tempfile.TemporaryFile(dir=self._workdir) as target:
             write_qcow2(_Interruptible(open_disk(source.fileno()), self._check_stopped), target.fileno())
             target.seek(0)
-            return self._store(f"catalog-{image.id}", target)
+            return self._store(f"catalog-{image.id}-{self._owner}", target)
 
     @contextmanager
     def _plain_file(self, info: BlobInfo) -> Iterator[BinaryIO]:
@@ -233,21 +235,29 @@ class EntryBuilder:
             yield file
 
     def _store(self, ref: str, source: BinaryIO) -> BlobInfo:
-        self._blobs.lease(BUILD_LEASE, ttl_s=LEASE_TTL_S)
-        with self._blobs.ingest(ref, lease=BUILD_LEASE) as writer:
+        self.hold([])
+        with self._blobs.ingest(ref, lease=self._lease) as writer:
             writer.restart()
             for piece in self._pieces(source):
                 writer.write(piece)
             info = writer.commit()
-        self._blobs.lease(BUILD_LEASE, [info.digest], ttl_s=LEASE_TTL_S)
+        self.hold([info.digest])
         return info
+
+    @property
+    def _lease(self) -> str:
+        return f"{BUILD_LEASE}-{self._owner}"
+
+    def hold(self, digests: Iterable[Digest]) -> None:
+        """Protect blobs until they are in a published catalogue, which has a lease of its own."""
+        self._blobs.lease(self._lease, set(digests), ttl_s=LEASE_TTL_S)
 
     # -- the description ---------------------------------------------------------------------------------------------
 
     def _descriptions(self, entry: CatalogEntry, image: Image, root: _Root) -> dict[str, dict[str, Any]]:
         """The same small tarball for Incus and LXD, each under the name it looks for."""
         packed = describe(entry, image)
-        info = self._store(f"catalog-{image.id}", io.BytesIO(packed))
+        info = self._store(f"catalog-{image.id}-{self._owner}", io.BytesIO(packed))
         combined = dict.fromkeys(root.combined, self._combined(packed, root.info))
         return {name: _item(name, info, name) | combined for name in ("incus.tar.xz", "lxd.tar.xz")}
 
