@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import pytest
 
@@ -140,9 +141,29 @@ def test_kernel_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
     try:
         with pytest.raises(UnavailableError, match="took nothing"):
-            pour(io.BytesIO(samples.load(FULL)), None, stuck)
+            pour(io.BytesIO(samples.load(FULL)), None, stuck, keeps={release_fd})
     finally:
         os.close(hold_fd)
+
+
+def test_kernel_has_no_other_descriptors_than_its_own_and_those_kept() -> None:
+    """Or our death would not end its wait, and a client's connection would stay open as long as a receive lasts."""
+    kept_fd, other_fd = os.memfd_create("kept"), os.memfd_create("other")
+    seen: list[set[int]] = []
+
+    def look(fd: int) -> None:
+        seen.append({int(entry.name) for entry in Path("/proc/thread-self/fd").iterdir()} - {0, 1, 2, fd})
+        Kernel()(fd)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    pour(io.BytesIO(samples.load(FULL)), None, look, keeps={kept_fd})
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert kept_fd in seen[0]
+    assert other_fd not in seen[0]
+    assert len(seen[0]) == 2  # the other is the one the list is read with
+    for fd in (kept_fd, other_fd):
+        os.fstat(fd)
+        os.close(fd)
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\0" * 311, b"\0" * 312, b"\xff" * 1000])

@@ -6,7 +6,9 @@ import threading
 
 import pytest
 
+from agent_image.drivers.zfs import locking
 from agent_image.drivers.zfs.locking import ChangeLock
+from imaging.errors import UnavailableError
 from tests.waiting import wait_until
 
 BOUND_S = 60.0
@@ -81,3 +83,38 @@ def test_alone_may_be_nested_and_errors_let_go() -> None:
     thread.start()
     thread.join(BOUND_S)
     assert taken == [True]
+
+
+@pytest.mark.parametrize("waits_to_share", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_waiting_that_is_in_vain_ends(
+    monkeypatch: pytest.MonkeyPatch, *, waits_to_share: bool, is_shared: bool
+) -> None:
+    monkeypatch.setattr(locking, "LOOK_S", 0.01)
+    hopeless, holds, done = threading.Event(), threading.Event(), threading.Event()
+
+    def look() -> None:
+        if hopeless.is_set():
+            raise UnavailableError("the pool is suspended")
+
+    lock = ChangeLock(look)
+
+    def hold() -> None:
+        with lock.shared() if is_shared else lock:
+            holds.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holds.wait(60)
+    hopeless.set()
+    if waits_to_share and is_shared:
+        with lock.shared():  # nobody waits for anybody
+            pass
+    else:
+        with pytest.raises(UnavailableError), lock.shared() if waits_to_share else lock:
+            pytest.fail("it was had twice")
+    done.set()
+    holder.join()
+    with lock:
+        assert hopeless.is_set()

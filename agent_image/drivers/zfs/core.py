@@ -53,7 +53,7 @@ class ZfsCore:
         self._volblocksize_default_bytes = check_volblocksize(volblocksize_default_bytes)
         self._device_busy_timeout_s = device_busy_timeout_s
         self._devices = Devices(device_directory, link_directory=link_directory, link_timeout_s=link_timeout_s)
-        self._lock = ChangeLock()
+        self._lock = ChangeLock(self._refuse_suspended)
         self._index = PoolIndex()
         self._left: set[DatasetName] = set()
         """Temporary datasets that somebody still had open when they were done with."""
@@ -117,6 +117,11 @@ class ZfsCore:
         if not watch.is_pool_there and not lzc.exists(str(self._pool)):
             raise UnavailableError(f"pool {self._pool} is not imported")
         return lzc
+
+    def _refuse_suspended(self) -> None:
+        """UnavailableError if the pool is suspended: ZFS says so at once to each new call, while older ones hang."""
+        if self._opened is not None:
+            self._opened[0].program(programs.IDENTITY, [str(self._pool)])
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from agent_image.drivers.zfs.command import SET_TIMEOUT_S, run_zfs
 from agent_image.drivers.zfs.core import ZfsCore, user_properties
 from agent_image.drivers.zfs.devices import is_passing
 from agent_image.drivers.zfs.errors import Operation
-from agent_image.drivers.zfs.hidden import PREFIX, Purpose, is_hidden
+from agent_image.drivers.zfs.hidden import PREFIX, Purpose, is_hidden, is_ours
 from agent_image.drivers.zfs.properties import Changes, check, check_volblocksize, reservation, round_up
 from imaging.errors import (
     BusyError,
@@ -383,7 +383,14 @@ class ZfsDatasets(ZfsCore):
     def _destroy_left(self) -> None:
         """What could not be destroyed when it was done with must not stand in anybody's way."""
         for name in sorted(self._left):
-            self._destroy_temporary(name)
+            try:
+                is_there = is_ours(self._learn(name, snapshots=True))  # the pool may have been away since
+            except NotFoundError:
+                is_there = False
+            if is_there:
+                self._destroy_temporary(name)
+            else:
+                self._left.discard(name)
 
     # -- devices somebody holds --------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from agent_image.drivers.base import Readable
+from agent_image.drivers.zfs.descriptors import keep_only
 from imaging.errors import BadDataError, MistifyError, UnavailableError, UnsupportedError, from_os_error
 from imaging.sendstream.reader import StreamReader
 from imaging.sendstream.records import HEADER_BYTES, Begin, HeaderType, RecordType, parse, payload_size
@@ -134,16 +135,19 @@ class _Checked:
         return record
 
 
-def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], None]) -> int:
+def pour(
+    source: Readable, base: VolumeState | None, receive: Callable[[int], None], *, keeps: Collection[int] = ()
+) -> int:
     """Validate ``source`` and give what may pass to ``receive``, which is called in a thread with a pipe; the stream's guid.
 
-    Raises what is wrong with the source or the stream, else what ``receive`` raises.
+    Of our other descriptors the thread has those it ``keeps``. Raises what is wrong with the source or the stream, else what
+    ``receive`` raises.
     """
     checked = _Checked(source, base)
     pieces = checked.pieces()
     first = next(pieces)  # the kernel is not bothered with what is no stream
     with _pipe() as (read_end, write_end):
-        receiving = _start(receive, read_end)
+        receiving = _start(receive, read_end, keeps)
         try:
             try:
                 for parts in itertools.chain([first], pieces):
@@ -160,23 +164,35 @@ def pour(source: Readable, base: VolumeState | None, receive: Callable[[int], No
     return checked.guid
 
 
-def _start(receive: Callable[[int], None], read_end: _End) -> Future[None]:
-    """Run ``receive`` in a thread that nobody has to wait for: a pool that hangs must not hang its caller for ever."""
+def _start(receive: Callable[[int], None], read_end: _End, keeps: Collection[int]) -> Future[None]:
+    """Run ``receive`` in a thread that nobody has to wait for: a pool that hangs must not hang its caller for ever.
+
+    The thread has descriptors of its own, or our sudden death would leave it in the kernel for ever: no signal reaches a receive that
+    waits for its pipe, and the end we write to is closed only when the last thread that shares it has gone.
+    """
     future: Future[None] = Future()
+    is_alone = threading.Event()
+    read_fd = read_end.fd
 
     def run() -> None:
         error: BaseException | None = None
         try:
-            receive(read_end.fd)
+            keep_only({read_fd, *keeps})
+            is_alone.set()
+            receive(read_fd)
         except BaseException as err:  # noqa: BLE001 - it travels to the caller
             error = err
-        read_end.close()  # a writer that still writes learns that nobody reads
+        if is_alone.is_set():
+            os.close(read_fd)  # the last there is: a writer that still writes learns that nobody reads
         if error is None:
             future.set_result(None)
         else:
             future.set_exception(error)
+        is_alone.set()
 
     threading.Thread(target=run, name="zfs-receive", daemon=True).start()
+    is_alone.wait()
+    read_end.close()
     return future
 
 

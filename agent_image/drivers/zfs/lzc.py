@@ -6,11 +6,14 @@ Every call blocks in the kernel until its transaction group is on disk, and rele
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_image.drivers.zfs import binding
+from agent_image.drivers.zfs.descriptors import open_on
 from agent_image.drivers.zfs.errors import Failure, Operation, translate
+from agent_image.drivers.zfs.ownership import ZFS_DEVICE
 from imaging.errors import MistifyError, NotFoundError, UnavailableError
 
 Values = Mapping[str, int | str]
@@ -42,6 +45,20 @@ def _by_text(found: Mapping[bytes | str, Any]) -> dict[str, Any]:
     return {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
 
 
+_first_call = threading.Lock()
+_known_fds: dict[int, frozenset[int]] = {}
+"""By the identity of the library: it opens /dev/zfs at the first call of the process, and never again."""
+
+
+def _library_fds(library: Any, pool: bytes) -> frozenset[int]:
+    with _first_call:
+        if id(library) not in _known_fds:
+            before = open_on(ZFS_DEVICE)
+            library.lzc_exists(pool)
+            _known_fds[id(library)] = open_on(ZFS_DEVICE) - before
+        return _known_fds[id(library)]
+
+
 class Lzc:
     """The calls the driver makes on one pool."""
 
@@ -49,6 +66,8 @@ class Lzc:
         self._library: Any = binding.load()
         self._zfs_error: type[Exception] = binding.exceptions().ZFSError
         self._pool = pool.encode()
+        self.library_fds = _library_fds(self._library, self._pool)
+        """Descriptors libzfs_core itself works with."""
 
     @contextlib.contextmanager
     def _translated(self, operation: Operation, name: str, other: str = "") -> Iterator[None]:

@@ -178,7 +178,13 @@ class ZfsStreams(ZfsSnapshots):
     ) -> SnapshotInfo:
         """An increment onto an existing volume; the kernel shows the snapshot when it is whole."""
         self._wait_unheld([target.dataset], f"cannot receive into {target.dataset}")
-        guid = pour(source, base, lambda fd: self._lzc.receive(str(target), fd, origin=None, properties={}))
+        lzc = self._lzc
+        guid = pour(
+            source,
+            base,
+            lambda fd: lzc.receive(str(target), fd, origin=None, properties={}),
+            keeps=lzc.library_fds,
+        )
         self._devices.flush(str(target.dataset))
         with self._lock:
             self._learn(target.dataset, snapshots=True)
@@ -209,6 +215,7 @@ class ZfsStreams(ZfsSnapshots):
                     origin=None if origin is None else str(origin),
                     properties=changes.for_creation() | mark,
                 ),
+                keeps=self._lzc.library_fds,
             )
             self._check_guid(temporary @ target.snapshot, guid)
             self._publish(temporary, target.dataset)
@@ -246,7 +253,8 @@ class ZfsStreams(ZfsSnapshots):
                 self._destroy_temporary(temporary)
         except NotFoundError:
             log.debug("zfs_temporary_absent", extra={"dataset": str(temporary)})
-        except MistifyError:  # the pool went away: the next start looks again
+        except MistifyError:  # the pool went away
+            self._left.add(temporary)
             log.warning("zfs_temporary_left", extra={"dataset": str(temporary)}, exc_info=True)
         self._index.remove(temporary)
 
