@@ -15,7 +15,7 @@ from agent_image.drivers.file_pool import refuse_busy
 from agent_image.drivers.file_properties import with_properties
 from agent_image.drivers.file_records import Change, DatasetRecord, SnapshotRecord, new_id
 from agent_image.drivers.file_snapshots import FileSnapshots
-from agent_image.drivers.resuming import flags_of, token_for
+from agent_image.drivers.resuming import check_place, flags_of, token_for
 from imaging import files
 from imaging.errors import (
     AlreadyExistsError,
@@ -101,12 +101,13 @@ class FileStreams(FileSnapshots):
                     plan = _SendPlan(self._base_of(name, snapshot, base) if base is not None else None, flags)
                 else:
                     sent = catalog.snapshot_info(snapshot)
-                    plan = self._resume(snapshot, token_for(resume_token, sent, base=base, flags=flags))
+                    token = token_for(resume_token, sent, base=base, flags=flags)
+                    check_place(token, sent, snapshot.volblocksize_bytes)
+                    plan = self._resume(snapshot, token)
                 image = self._open_pinned(snapshot, opened)
                 old_image = self._open_pinned(plan.base, opened) if plan.base is not None else None
             header = _header(name, snapshot, plan.base, plan.flags)
             old = None if plan.base is None or old_image is None else OlderImage(old_image, plan.base.volsize_bytes)
-            _check_place(plan.resume_offset, snapshot.volsize_bytes, header.volblocksize_bytes)
             pieces = make_stream(image, snapshot.volsize_bytes, header, older=old, resume_offset=plan.resume_offset)
             with files.os_errors(f"cannot send {name}"):
                 for piece in pieces:
@@ -371,12 +372,6 @@ class _Metered:
             if files.allocated_bytes(self._fd) > self._plan.room_bytes:
                 raise NoSpaceError(f"cannot receive {self._plan.target}: no space left on device")
         return piece
-
-
-def _check_place(offset: int | None, size_bytes: int, block_bytes: int) -> None:
-    """Where a stream goes on is a block of the volume, or its end."""
-    if offset is not None and not (0 <= offset <= size_bytes and offset % block_bytes == 0):
-        raise InvalidArgumentError(f"the resume token goes on at byte {offset}, where the volume has no block")
 
 
 def _header(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent_image.drivers.base import SendFlags, SnapshotInfo
 from imaging.errors import BadDataError, ConflictError, InvalidArgumentError
-from imaging.sendstream.records import Feature
+from imaging.sendstream.records import BLOCK_SMALL_MAX_BYTES, DATA_OBJECT, PROPERTIES_OBJECT, Feature
 from imaging.sendstream.resume import ResumeToken
 
 
@@ -23,6 +23,18 @@ def token_for(text: str, sent: SnapshotInfo, *, base: str | None, flags: SendFla
             f"the resume token is of a snapshot with guid {token.toguid}, but {sent.name} has {sent.guid}"
         )
     return token
+
+
+def check_place(token: ResumeToken, sent: SnapshotInfo, block_bytes: int) -> None:
+    """InvalidArgumentError unless the token goes on at a block of the volume, at its end, or in its properties."""
+    if token.object == PROPERTIES_OBJECT and token.offset == 0:
+        return
+    block_bytes = min(block_bytes, BLOCK_SMALL_MAX_BYTES)  # larger ones may have come in pieces
+    is_block = token.offset <= (sent.volsize_bytes or 0) and token.offset % block_bytes == 0
+    if token.object != DATA_OBJECT or not is_block:
+        raise InvalidArgumentError(
+            f"the resume token goes on at {token.object}:{token.offset}, where {sent.name} has no block"
+        )
 
 
 def flags_of(token: ResumeToken) -> SendFlags:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, Readable, SendFlags, SnapshotInfo
-from agent_image.drivers.resuming import flags_of, token_for
+from agent_image.drivers.resuming import check_place, flags_of, token_for
 from agent_image.drivers.zfs import programs
 from agent_image.drivers.zfs.core import user_properties
 from agent_image.drivers.zfs.datasets import SEND_TAG_PREFIX
@@ -59,7 +59,9 @@ class ZfsStreams(ZfsSnapshots):
         sent = self.get_snapshot(name)
         _check_blocking(fd)
         if resume_token is not None:
-            self._send_rest(sent, fd, token_for(resume_token, sent, base=base, flags=flags))
+            token = token_for(resume_token, sent, base=base, flags=flags)
+            check_place(token, sent, self._volume(name.dataset).volblocksize_bytes or self._volblocksize_default_bytes)
+            self._send_rest(sent, fd, token)
             return
         source = None if base is None else self._base_name(name, base)
         with self._held(name, source), _writable_by_kernel(fd) as target:
