@@ -35,12 +35,11 @@ from image_service.lifecycle import (
     Image,
     set_downloading,
     set_failed,
-    set_fetched,
     set_finished,
     update_size,
 )
 from image_service.metadata import MetadataStore
-from image_service.spool import LEASE_TTL_S, Pools, Spool, settled
+from image_service.spool import LEASE_TTL_S, Pools, Spool, find_committed, settled
 from image_service.turns import turn_at
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
@@ -264,13 +263,8 @@ class Importer:
 
     async def _is_stored(self, image: Image, turn: Fence) -> bool:
         """Whether all bytes were stored before a crash came: then only the looking is left, and done."""
-        if not image.fetched_digest:
-            return False
-        digest = Digest.parse(image.fetched_digest)
-        try:
-            await self._data(self._blobs.lease, fetch_ref(image.id), [digest], ttl_s=LEASE_TTL_S)
-            info = await self._data(self._blobs.info, digest)
-        except NotFoundError:
+        info = await self._data(find_committed, self._blobs, fetch_ref(image.id))
+        if info is None:
             return False
         await settled(self._look(image, turn, info, None))
         return True
@@ -321,13 +315,6 @@ class Importer:
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
         size_bytes = None if total_bytes == UNKNOWN_SIZE else total_bytes
         info = await spool.commit(digest=wanted, size_bytes=size_bytes)
-        try:
-            await self._update(image.id, turn, lambda old: set_fetched(old, info.digest, info.size_bytes))
-        except LeaseLostError:
-            raise
-        except MistifyError:  # nobody wants it any more
-            await self._data(self._collector.discard, fetch_ref(image.id), info.digest)
-            raise
         await self._look(image, turn, info, spool.inspection)
 
     async def _look(self, image: Image, turn: Fence, info: BlobInfo, inspection: Inspection | None) -> None:

@@ -164,8 +164,6 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     error: str = ""
     """Why the fetch was given up."""
-    fetched_digest: str = ""
-    """The blob a fetch has stored and not yet looked at to its end: what a restart goes on with."""
     validator: str = ""
     """The source's ETag or Last-Modified as of the bytes fetched so far: what If-Range says when the fetch goes on."""
 
@@ -271,11 +269,6 @@ def update_size(image: Image, size_bytes: int) -> Image:
     return msgspec.structs.replace(image, size_bytes=size_bytes)
 
 
-def set_fetched(image: Image, digest: Digest, size_bytes: int) -> Image:
-    """Every byte is stored and durable; what they are is not known to the end."""
-    return msgspec.structs.replace(update_size(image, size_bytes), fetched_digest=str(digest))
-
-
 def set_finished(
     image: Image,
     digest: Digest,
@@ -294,7 +287,6 @@ def set_finished(
         download_end=now,
         digest=str(digest),
         error="",
-        fetched_digest="",
         validator="",
     )
     return complete if facts is None else _with_facts(complete, facts)
@@ -341,6 +333,5 @@ def set_failed(image: Image, reason: str, *, now: datetime) -> Image:
         size_bytes=0,
         download_end=now,
         error=reason[:ERROR_MAX_CHARS],
-        fetched_digest="",
         validator="",
     )

@@ -8,6 +8,7 @@ an ingest that is being aborted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from image_service.bodies import BUFFER_BYTES, Piece
 from image_service.inspection import Inspection
 from imaging.blobs.base import BlobInfo, BlobStore, BlobWriter
 from imaging.digests import Digest
-from imaging.errors import NoSpaceError
+from imaging.errors import NoSpaceError, NotFoundError
 from imaging.kv.leases import Fence
 from imaging.threads import Offload
 
@@ -57,6 +58,14 @@ async def settled(call: Awaitable[T]) -> T:
             except asyncio.CancelledError:  # a second cancel must not let go of the thread either
                 continue
         raise
+
+
+def find_committed(blobs: BlobStore, ref: str) -> BlobInfo | None:
+    """The blob an ingest of that name (and lease) has become, if its owner died before anything could name it. Blocking."""
+    for digest in blobs.leased(ref):
+        with contextlib.suppress(NotFoundError):
+            return blobs.info(digest)
+    return None
 
 
 class Spool:

@@ -28,14 +28,15 @@ from image_service.bodies import Piece
 from image_service.collector import TUS_PREFIX, Collector
 from image_service.facts import Facts
 from image_service.importer import utc_now
+from image_service.inspection import Inspection
 from image_service.inspector import Inspector
 from image_service.lifecycle import Details, Expected, ImageType, new_upload, set_finished
 from image_service.metadata import MetadataStore
 from image_service.service import check_expected
-from image_service.spool import Pools, Spool, settled
+from image_service.spool import Pools, Spool, find_committed, settled
 from image_service.turns import find_turn
 from image_service.upload_records import Upload, UploadRecords
-from imaging.blobs.base import BlobStore
+from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import (
     BadDataError,
@@ -157,7 +158,10 @@ class Uploads:
     async def _stored(self, session: _Session) -> int:
         """How much of it is durable."""
         info = await self._data(self._blobs.find_ingest, session.ref)
-        return 0 if info is None else info.offset_bytes
+        if info is not None:
+            return info.offset_bytes
+        committed = await self._data(find_committed, self._blobs, session.ref)
+        return 0 if committed is None else committed.size_bytes
 
     async def _reserve_again(self, session: _Session) -> None:
         try:
@@ -274,6 +278,7 @@ class Uploads:
 
     async def _own(self, session: _Session, *, wait_s: float) -> None:
         """Have the turn at an upload (called with its lock); BusyError, NotFoundError if it has ended meanwhile."""
+        await self._offload(self._records.replica.session)  # refuses at once what could not be written down
         if session.has_turn:
             return
         if session.spool is not None:  # of a turn that was lost
@@ -311,7 +316,7 @@ class Uploads:
         """An upload and how much of it is durable; NotFoundError. A whole one is seen only when it is an image."""
         session = await self._get(upload_id)
         if not session.has_turn and not session.lock.locked():
-            session.offset_bytes = max(session.upload.offset_bytes, await self._stored(session))
+            session.offset_bytes = await self._stored(session)
         if session.whole:
             async with session.lock:
                 if upload_id in self._sessions:
@@ -430,26 +435,36 @@ class Uploads:
         if await self._offload(self._records.is_image, session.upload):
             await settled(self._remove(session))  # a crash came between the two
             return
-        await self._open(session)
         try:
+            if session.spool is None:
+                committed = await self._data(find_committed, self._blobs, session.ref)
+                if committed is not None:  # a crash came before there was an image
+                    await settled(self._look(session, committed, None))
+                    return
+            await self._open(session)
             await settled(self._publish(session))
         except (BadDataError, TooLargeError):
             await settled(self._remove(session))
             raise
 
     async def _publish(self, session: _Session) -> None:
-        spool, image, turn = session.spool, session.upload.image, session.turn
+        spool, image = session.spool, session.upload.image
         assert spool is not None
-        assert turn is not None
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
         info = await spool.commit(digest=wanted, size_bytes=session.upload.length_bytes)
         session.spool = None
+        await self._look(session, info, spool.inspection)
+
+    async def _look(self, session: _Session, info: BlobInfo, inspection: Inspection | None) -> None:
+        """The bytes are stored: find out to the end what they are, and make an image of them."""
+        image, turn = session.upload.image, session.turn
+        assert turn is not None
 
         def record(facts: Facts) -> None:
             finished = set_finished(image, info.digest, info.size_bytes, facts, now=self._now())
             self._records.put_image(finished, turn)
 
-        await self._data(self._inspector.publish, session.ref, image, info, spool.inspection, record)
+        await self._data(self._inspector.publish, session.ref, image, info, inspection, record)
         await self._remove(session)
 
     async def _remove(self, session: _Session) -> None:

@@ -131,6 +131,9 @@ class BlobStore(Protocol):
     def path(self, digest: Digest) -> str | None:
         """A local file with exactly the blob's bytes for sendfile, or None if the store has none."""
 
+    def redirect_url(self, digest: Digest) -> str | None:
+        """An address from which a reader may get exactly the blob's bytes by itself for a while; None if the store gives none."""
+
     def list(self) -> Iterator[BlobInfo]:
         """Every blob, in digest order."""
 
@@ -145,6 +148,12 @@ class BlobStore(Protocol):
 
     def leases(self) -> Sequence[str]:
         """Names of the leases that have not expired, sorted."""
+
+    def leased(self, name: str) -> Sequence[Digest]:
+        """Digests a lease holds, sorted; none if there is no such lease, or no more.
+
+        A commit adds its digest before the ingest is gone: whoever died in between finds here what it had made.
+        """
 
     def release(self, name: str) -> None:
         """End a lease; unknown is success."""

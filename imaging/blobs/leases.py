@@ -89,6 +89,13 @@ class LeaseBook:
         text = str(digest)
         return sorted(r.name for r in self._leases.values() if r.expires_s > now_s and text in r.digests)
 
+    def digests(self, name: str, *, now_s: float) -> list[Digest]:
+        """What a lease holds, sorted; nothing if it has ended."""
+        record = self._leases.get(name)
+        if record is None or record.expires_s <= now_s:
+            return []
+        return [Digest.parse(text) for text in sorted(record.digests)]
+
     def names(self, *, now_s: float) -> list[str]:
         """Names of the live leases, sorted."""
         return sorted(record.name for record in self._leases.values() if record.expires_s > now_s)

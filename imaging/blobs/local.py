@@ -242,6 +242,11 @@ class LocalBlobStore:
         self.info(digest)
         return str(self._blob_path(digest))
 
+    def redirect_url(self, digest: Digest) -> str | None:
+        """See BlobStore: a file is for this machine."""
+        self.info(digest)
+        return None
+
     def list(self) -> Iterator[BlobInfo]:
         """See BlobStore."""
         self._check_open()
@@ -306,6 +311,12 @@ class LocalBlobStore:
         with self._lock:
             self._check_open()
             return self._leases.names(now_s=self._clock())
+
+    def leased(self, name: str) -> Sequence[Digest]:
+        """See BlobStore."""
+        with self._lock:
+            self._check_open()
+            return self._leases.digests(name, now_s=self._clock())
 
     def release(self, name: str) -> None:
         """See BlobStore."""

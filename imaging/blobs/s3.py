@@ -86,7 +86,8 @@ def grouped(objects: Iterable[StoredObject]) -> Iterator[tuple[Digest, list[Stor
 class S3BlobStore:
     """BlobStore in a bucket; see the module's docstring and the contract's."""
 
-    def __init__(self, settings: S3Settings, *, parts: PartLimits | None = None) -> None:
+    def __init__(self, settings: S3Settings, *, parts: PartLimits | None = None, redirect_s: int = 0) -> None:
+        self._redirect_s = redirect_s
         self._limits = parts or PartLimits()
         self._limits.check()
         self._bucket = S3Bucket(settings)
@@ -244,6 +245,10 @@ class S3BlobStore:
         """An address of the service from which a client may read the blob itself; NotFoundError."""
         return self._bucket.presigned_url(newest(self._copies(digest)).key, expires_s=expires_s)
 
+    def redirect_url(self, digest: Digest) -> str | None:
+        """See BlobStore."""
+        return self.presigned_url(digest, expires_s=self._redirect_s) if self._redirect_s else None
+
     def list(self) -> Iterator[BlobInfo]:
         """See BlobStore."""
         self._check_open()
@@ -277,6 +282,12 @@ class S3BlobStore:
         """See BlobStore."""
         self._check_open()
         return [record.name for record in self._leases.live()]
+
+    def leased(self, name: str) -> Sequence[Digest]:
+        """See BlobStore."""
+        self._check_open()
+        record = self._leases.find(name)
+        return [Digest.parse(text) for text in sorted(record.digests)] if record is not None else []
 
     def release(self, name: str) -> None:
         """See BlobStore."""

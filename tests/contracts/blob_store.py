@@ -391,6 +391,22 @@ class BlobStoreContract:
         finally:
             store.close()
 
+    def test_lease_tells_what_a_commit_under_it_made_over_reopening(self, make: Make) -> None:
+        store = make()
+        assert store.leased("work") == []
+        store.lease("work", [Digest.of(b"other")], ttl_s=HOUR_S)
+        with store.ingest("ref", lease="work") as writer:
+            writer.write(b"made")
+            writer.commit()
+        store.close()
+        store = make()
+        try:
+            assert store.leased("work") == sorted([Digest.of(b"made"), Digest.of(b"other")])
+            store.release("work")
+            assert store.leased("work") == []
+        finally:
+            store.close()
+
     def test_lease_is_only_ever_extended(self, store: BlobStore) -> None:
         one, two = add(store, b"one").digest, add(store, b"two").digest
         store.lease("work", [one], ttl_s=HOUR_S)
@@ -402,6 +418,7 @@ class BlobStoreContract:
         store.lease("work", [digest], ttl_s=0.0)
         with pytest.raises(NotFoundError):
             store.ingest("ref", lease="work")
+        assert store.leased("work") == []
         assert store.collect([], grace_s=self.NO_GRACE_S).blobs == (digest,)
 
     @pytest.mark.parametrize("name", ["", "x" * 513, "lone\ud800surrogate"])

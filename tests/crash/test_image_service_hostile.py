@@ -17,7 +17,8 @@ import shutil
 import struct
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lz4.frame
@@ -27,7 +28,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from image_service import diskfile
-from image_service.facts import Facts, InspectionLimits
+from image_service.facts import Facts, ImageFormat, InspectionLimits
+from image_service.imagestore.describing import describe
 from image_service.inspection import Inspection
 from image_service.lifecycle import ImageType
 from imaging.blobs.local import LocalBlobStore
@@ -38,8 +40,9 @@ from imaging.sendstream.records import Free
 from tests.codec import samples
 from tests.codec.test_validator import GUID, PROPERTIES, Step, obj, stream, write
 from tests.diskimage.test_qcow2_hostile import build
+from tests.imagestore import images
 
-EXAMPLES = int(os.environ.get("MISTIFY_FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("MISTIFY_FUZZ_EXAMPLES", "600"))
 LIMITS = InspectionLimits(
     unpacked_size_max_bytes=64 << 20,
     unpacked_ratio_max=100,
@@ -78,6 +81,7 @@ SEEDS = {
     "filesystem": samples.load("fs-p-package"),
     "qcow2": bytes(build()),
     "tar": _tar(),
+    "aci": images.aci(),
 }
 
 
@@ -91,28 +95,45 @@ def store() -> tuple[LocalBlobStore, Path]:
     return blobs, folder
 
 
+def no_bound(_size: int, _held: int) -> None:
+    """There is room."""
+
+
+@contextmanager
+def stored(data: bytes) -> Iterator[LocalBlobStore]:
+    """A store with these bytes as a blob."""
+    blobs, _ = store()
+    with blobs.ingest("x") as writer:
+        writer.write(data)
+        digest = writer.commit().digest
+    try:
+        yield blobs
+    finally:
+        blobs.delete(digest)
+
+
 def look(data: bytes, kind: ImageType) -> Facts | None:
-    """Both looks; None if the image was refused."""
-    digest = Digest.of(data)
+    """Everything the service looks at; None if the image was refused."""
+    digest, (_, folder) = Digest.of(data), store()
     try:
         inspection = Inspection(kind, LIMITS)
         for at in range(0, len(data), 10_000):
             inspection.feed(data[at : at + 10_000])
         facts = inspection.finish(digest)
-        return _look_again(data, digest, facts) if diskfile.needs_look(facts) else facts
+        if diskfile.needs_look(facts):
+            with stored(data) as blobs:
+                facts = diskfile.look(blobs, digest, facts, directory=folder, limits=LIMITS, room=no_bound)
+        if kind is ImageType.CONTAINER and facts.format in {ImageFormat.TAR, ImageFormat.RAW}:
+            with stored(data) as blobs:
+                describe(
+                    blobs,
+                    digest,
+                    facts.compression,
+                    lambda: diskfile.unpacked(blobs, digest, facts, folder, LIMITS, no_bound),
+                )
     except (BadDataError, TooLargeError):
         return None
-
-
-def _look_again(data: bytes, digest: Digest, facts: Facts) -> Facts:
-    blobs, folder = store()
-    with blobs.ingest("x") as writer:
-        writer.write(data)
-        writer.commit()
-    try:
-        return diskfile.look(blobs, digest, facts, directory=folder, limits=LIMITS, room=lambda _size, _held: None)
-    finally:
-        blobs.delete(digest)
+    return facts
 
 
 def check(data: bytes) -> None:

@@ -249,7 +249,7 @@ async def test_fetch_that_died_while_it_was_looked_at_is_not_fetched_again(
     second = Parts(tmp_path)
     await second.service.start()
     done = await second.wait(image.id, ImageStatus.COMPLETE)
-    assert (done.digest, done.fetched_digest, len(source.requests)) == (str(Digest.of(DATA)), "", 1)
+    assert (done.digest, len(source.requests)) == (str(Digest.of(DATA)), 1)
     assert list(second.blobs.leases()) == []
     await second.service.delete(image.id)
     assert (list(second.blobs.list()), list(second.blobs.ingests())) == ([], [])
