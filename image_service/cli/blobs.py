@@ -11,13 +11,19 @@ from typing import BinaryIO
 import click
 
 from image_service.copying import copy_blobs
-from image_service.imagestore.fetching import Downloader, PullPolicy
+from image_service.imagestore.fetching import Downloader, PullPolicy, check_signature
 from image_service.imagestore.importing import import_image
 from image_service.imagestore.options import NAME_OPTION, STORE_OPTION, default_name, open_store
 from image_service.imagestore.steps import chain
 from image_service.store_urls import blobs_source, blobs_target
+from imaging.aci import parse_app_string
 from imaging.errors import InvalidArgumentError, MistifyError
 from imaging.files import os_errors
+from imaging.simplestreams.signing import Verifier
+
+_KEYRING_OPTION = click.option(
+    "--keyring", type=click.Path(path_type=Path, dir_okay=False), help="Public keys, binary or armoured."
+)
 
 
 @click.group(name="blobs")
@@ -30,14 +36,27 @@ def command() -> None:
 @STORE_OPTION
 @NAME_OPTION
 @click.option("--latest", is_flag=True, help="Mark an app container as the latest of its name.")
+@_KEYRING_OPTION
+@click.option("--signature", type=click.Path(path_type=Path, dir_okay=False), help="[default: FILE.asc]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: bool) -> None:
+def import_(
+    file: str,
+    store: str,
+    name: str | None,
+    keyring: Path | None,
+    signature: Path | None,
+    *,
+    latest: bool,
+    as_json: bool,
+) -> None:
     """Import FILE (- for standard input): an app container image (ACI) or an OCI image layout as a tar archive, packed or not.
 
-    Prints its key. Exit status 1 if it is refused; nothing is left of it then.
+    Prints its key. Exit status 1 if it is refused; nothing is left of it then. With a keyring it must have a good signature over FILE
+    as it is.
     """
     try:
         with ExitStack() as stack:
+            _check(file, keyring, signature)
             source = _open(file, stack)
             opened = stack.enter_context(open_store(store))
             imported = import_image(opened, source, name=name or default_name(file), latest=latest or None)
@@ -54,8 +73,22 @@ def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: b
     click.echo(json.dumps(first | ({"others": others} if others else {})))
 
 
+def _check(file: str, keyring: Path | None, signature: Path | None) -> None:
+    """A good signature over the file, if keys were given."""
+    if keyring is None:
+        if signature is not None:
+            raise InvalidArgumentError("a signature says nothing without a keyring")
+        return
+    if file == "-":
+        raise InvalidArgumentError("standard input cannot be verified; give a file")
+    detached = signature or Path(f"{file}.asc")
+    with os_errors(f"cannot read signature {detached}"):
+        data = detached.read_bytes()
+    check_signature(Verifier.from_file(keyring), Path(file), data, file)
+
+
 @command.command()
-@click.argument("url")
+@click.argument("image")
 @STORE_OPTION
 @click.option(
     "--pull-policy",
@@ -64,16 +97,26 @@ def import_(file: str, store: str, name: str | None, *, latest: bool, as_json: b
     show_default=True,
 )
 @click.option("--latest", is_flag=True, help="Mark the image as the latest of its name.")
-def fetch(url: str, store: str, pull_policy: str, *, latest: bool) -> None:
-    """Fetch an app container image from URL and print its key.
+@_KEYRING_OPTION
+@click.option("--dependencies", is_flag=True, help="Fetch what it is laid over, too; all keys are printed.")
+def fetch(image: str, store: str, pull_policy: str, keyring: Path | None, *, latest: bool, dependencies: bool) -> None:
+    """Fetch an app container image from a URL, or by its name (example.com/app:1.0,os=linux), and print its key.
 
-    "new" takes what the store has from this URL, "update" asks the source once that is older than the source allowed, "never" does not ask.
+    "new" takes what the store has of it, "update" asks the source once that is older than the source allowed, "never" does not ask.
+    With a keyring nothing counts that it did not sign.
     """
-    with open_store(store) as opened, closing(Downloader(opened)) as downloader:
+    verifier = Verifier.from_file(keyring) if keyring else None
+    policy, mark = PullPolicy(pull_policy), latest or None
+    with open_store(store) as opened, closing(Downloader(opened, verifier=verifier)) as downloader:
         try:
-            click.echo(downloader.fetch(url, policy=PullPolicy(pull_policy), latest=latest or None))
+            if "://" in image:
+                key = downloader.fetch(image, policy=policy, latest=mark)
+            else:
+                key = downloader.fetch_name(parse_app_string(image), policy=policy, latest=mark)
+            keys = [key, *(downloader.fetch_dependencies(key) if dependencies else [])]
         except MistifyError as err:
             raise type(err)(chain(err)) from err
+    click.echo("\n".join(keys))
 
 
 def _open(file: str, stack: ExitStack) -> BinaryIO:

@@ -3,6 +3,11 @@
 What a URL gave is a remote: within its max-age nobody is asked; later the source is asked with the ETag, and "not modified" renews the
 remote. A download that breaks leaves its file; the next one continues it with ``Range`` and ``If-Range``, so that a source that changed
 begins anew.
+
+With keys nothing counts without a good signature over the bytes as they came: ``X.aci.asc`` beside ``X.aci``. A source may say that it is
+not ready yet (202); then the image is fetched first, and the signature once more after it.
+
+Names are looked up (:mod:`image_service.imagestore.discovery`), and dependencies may be fetched as well, breadth first, each once.
 """
 
 from __future__ import annotations
@@ -11,19 +16,22 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import requests
 import urllib3
 
+from image_service.imagestore.discovery import find_image_urls
 from image_service.imagestore.infos import Remote
 from image_service.imagestore.keys import PREFIX
 from image_service.imagestore.spool import Temporary
 from image_service.imagestore.steps import step
 from image_service.imagestore.store import ImageStore
+from imaging.aci import AppName, Dependency
 from imaging.errors import (
     BadDataError,
     InvalidArgumentError,
@@ -34,6 +42,7 @@ from imaging.errors import (
     UnavailableError,
 )
 from imaging.files import os_errors, write_all
+from imaging.simplestreams.signing import Verifier
 
 CONNECT_TIMEOUT_S = 10.0
 """A TCP and TLS handshake to the far side of the world takes one second."""
@@ -50,6 +59,14 @@ PIECE_BYTES = 1 << 20
 
 MAX_AGE_MAX_S = 10 * 365 * 86400
 """Longer is for ever, and must fit into a record."""
+
+SIGNATURE_MAX_BYTES = 64 << 10
+"""An armoured signature has less than one kilobyte, and there may be several."""
+
+DEPENDENCIES_MAX = 1000
+"""Far more than any image is laid over."""
+
+_NEVER = "unable to fetch: the image is not in the store and the pull policy is never"
 
 _MAX_AGE = re.compile(r"max-age=(0|[1-9]\d*)\Z", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)\Z", re.ASCII)
@@ -82,6 +99,20 @@ def use_cached(download_time_ns: int, max_age_s: int, now_ns: int) -> bool:
     return max_age_s > 0 and (now_ns - download_time_ns) // 10**9 < max_age_s
 
 
+def signature_url(url: str) -> str:
+    """Where the signature of the image at a URL is: beside it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"{parts.path}.asc"))
+
+
+def check_signature(verifier: Verifier, path: Path, signature: bytes, what: str) -> None:
+    """BadDataError unless the signature is over the file as it is here."""
+    try:
+        verifier.verify_detached_file(path, signature)
+    except BadDataError as err:
+        raise BadDataError(f"cannot trust {what[:300]}: {err.message}") from err
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """What came of asking. Without a key the source said that nothing changed."""
@@ -93,8 +124,11 @@ class _Answer:
 class Downloader:
     """Fetches into a store; one per thread."""
 
-    def __init__(self, store: ImageStore, session: requests.Session | None = None) -> None:
+    def __init__(
+        self, store: ImageStore, session: requests.Session | None = None, *, verifier: Verifier | None = None
+    ) -> None:
         self._store = store
+        self._verifier = verifier
         self._session = session or requests.Session()
         self._session.max_redirects = REDIRECTS_MAX
 
@@ -102,28 +136,84 @@ class Downloader:
         """Close its connections."""
         self._session.close()
 
-    def fetch(self, url: str, *, policy: PullPolicy = PullPolicy.UPDATE, latest: bool | None = None) -> str:
+    def fetch_name(self, app: AppName, *, policy: PullPolicy = PullPolicy.UPDATE, latest: bool | None = None) -> str:
+        """The key of the image of a name and labels, from the first address that has it; it must be called so.
+
+        Asked for without a version, it is marked the latest.
+        """
+        if policy is not PullPolicy.UPDATE:
+            with suppress(NotFoundError):
+                return self._store.get_aci(app.name, app.labels)
+        if policy is PullPolicy.NEVER:
+            raise NotFoundError(_NEVER)
+        failure: MistifyError | None = None
+        marked = latest if latest is not None or "version" in app.labels else True
+        for url in find_image_urls(app, self._session):
+            try:
+                return self.fetch(url, latest=marked, name=app.name)
+            except NotFoundError as err:
+                failure = failure or err
+        assert failure is not None  # there is at least one address
+        raise failure
+
+    def fetch_dependencies(self, key: str, *, policy: PullPolicy = PullPolicy.NEW) -> list[str]:
+        """Keys of everything the image is laid over, breadth first, each once; fetched as far as the store lacks it."""
+        found: list[str] = []
+        waiting = [key]
+        while waiting:
+            for dependency in self._store.get_image_manifest(waiting.pop(0)).dependencies:
+                got = self._fetch_dependency(dependency, policy)
+                if got not in {key, *found}:
+                    found.append(got)
+                    waiting.append(got)
+                if len(found) > DEPENDENCIES_MAX:
+                    raise BadDataError(f"an image has more than {DEPENDENCIES_MAX} dependencies")
+        return found
+
+    def _fetch_dependency(self, dependency: Dependency, policy: PullPolicy) -> str:
+        """By its id if it has one: another image of the same name is not it."""
+        if dependency.image_id:
+            with suppress(NotFoundError):
+                return self._store.resolve_key(dependency.image_id)
+        labels = {label.name: label.value for label in dependency.labels or ()}
+        key = self.fetch_name(
+            AppName(dependency.image_name, labels), policy=PullPolicy.UPDATE if dependency.image_id else policy
+        )
+        if dependency.image_id and self._store.get_aci_info(key).image_id != dependency.image_id:
+            raise BadDataError(f"image {dependency.image_name} is {key}, not {dependency.image_id}")
+        return key
+
+    def fetch(
+        self, url: str, *, policy: PullPolicy = PullPolicy.UPDATE, latest: bool | None = None, name: str = ""
+    ) -> str:
         """The key of the image at ``url``. NotFoundError, NotPermittedError, UnavailableError; what an import refuses."""
         if not url.startswith(("http://", "https://")):
             raise InvalidArgumentError(f"not an http or https URL: {url[:300]!r}")
-        remote = self._find_usable(url)
+        remote = self._find_usable(url, name)
         if remote is not None and self._is_enough(remote, policy):
             return remote.blob_key
         if policy is PullPolicy.NEVER:
-            raise NotFoundError("unable to fetch: the image is not in the store and the pull policy is never")
-        answer = self._ask(url, remote.etag if remote else "", latest)
+            raise NotFoundError(_NEVER)
+        answer = self._ask(url, remote.etag if remote else "", latest, name)
         if answer.key is None and remote is not None:
             self._store.save_remote(self._renewed(remote, answer.headers))
             return remote.blob_key
         if answer.key is None:
             raise BadDataError("bad HTTP status code: 304")
-        self._store.save_remote(self._renewed(Remote(url, "", "", answer.key), answer.headers))
+        self._store.save_remote(self._renewed(Remote(url, self._signature_url(url), "", answer.key), answer.headers))
         return answer.key
 
-    def _find_usable(self, url: str) -> Remote | None:
-        """What is known of a URL, if the image is still there."""
+    def _signature_url(self, url: str) -> str:
+        """Where the signature is, if one is wanted."""
+        return signature_url(url) if self._verifier is not None else ""
+
+    def _find_usable(self, url: str, name: str) -> Remote | None:
+        """What is known of a URL, if the image is still there; with keys only if its signature was checked."""
         remote = self._store.infos.find_remote(url)
-        return remote if remote is not None and self._store.infos.find(remote.blob_key) is not None else None
+        info = self._store.infos.find(remote.blob_key) if remote is not None else None
+        if remote is None or info is None or name not in {"", info.name}:
+            return None
+        return remote if self._verifier is None or remote.sig_url == signature_url(url) else None
 
     def _is_enough(self, remote: Remote, policy: PullPolicy) -> bool:
         if policy is not PullPolicy.UPDATE:
@@ -140,20 +230,47 @@ class Downloader:
 
     # -- one download --------------------------------------------------------------------------------------------------
 
-    def _ask(self, url: str, etag: str, latest: bool | None) -> _Answer:  # noqa: FBT001  passed on
-        name = f"{PREFIX}{hashlib.sha512(url.encode()).hexdigest()[:64]}"
-        with self._store.tmp_named_file(name) as partial:
+    def _ask(self, url: str, etag: str, latest: bool | None, name: str) -> _Answer:  # noqa: FBT001  passed on
+        signature = self._find_signature(url)
+        file_name = f"{PREFIX}{hashlib.sha512(url.encode()).hexdigest()[:64]}"
+        with self._store.tmp_named_file(file_name) as partial:
             validator = partial.path.with_name(f"{partial.path.name}.validator")
             headers = self._download(url, etag, partial, _Validator(validator))
             if headers[0] == requests.codes.not_modified:
                 return _Answer(None, headers[1])
             try:
+                self._check_signature(url, partial.path, signature)
                 with os_errors("cannot read the download"), partial.path.open("rb", buffering=0) as source:
-                    key = self._store.write_aci(source, latest=latest)  # its errors pass: they are told as an import's
+                    key = self._store.write_aci(
+                        source, latest=latest, name=name
+                    )  # its errors pass: they are told as an import's
             finally:  # whole but refused, or imported: either way nothing to continue
                 partial.path.unlink(missing_ok=True)
                 validator.unlink(missing_ok=True)
             return _Answer(key, headers[1])
+
+    def _find_signature(self, url: str) -> bytes | None:
+        """The signature; None if none is wanted, or the source says that it is not ready."""
+        if self._verifier is None:
+            return None
+        with self._answer(signature_url(url), {"Accept-Encoding": "identity"}) as answer:
+            if answer.status_code == requests.codes.accepted:
+                return None
+            if answer.status_code == requests.codes.not_found:
+                raise NotFoundError(f"no signature at {signature_url(url)[:300]}")
+            _check_status(answer.status_code)
+            data = answer.raw.read(SIGNATURE_MAX_BYTES + 1, decode_content=False)
+        if len(data) > SIGNATURE_MAX_BYTES:
+            raise TooLargeError(f"the signature is larger than {SIGNATURE_MAX_BYTES} bytes")
+        return bytes(data)
+
+    def _check_signature(self, url: str, path: Path, signature: bytes | None) -> None:
+        if self._verifier is None:
+            return
+        signature = signature or self._find_signature(url)
+        if signature is None:
+            raise UnavailableError(f"the signature at {signature_url(url)[:300]} is not ready yet")
+        check_signature(self._verifier, path, signature, url)
 
     def _download(
         self, url: str, etag: str, partial: Temporary, validator: _Validator

@@ -29,7 +29,7 @@ from imaging.aci_image import read_manifest
 from imaging.aci_types import shown
 from imaging.compression import DecompressionLimits, Readable
 from imaging.digests import Digest
-from imaging.errors import InvalidArgumentError, MistifyError, NotFoundError, StoreRemovalError
+from imaging.errors import BadDataError, InvalidArgumentError, MistifyError, NotFoundError, StoreRemovalError
 from imaging.files import os_errors, publish
 
 BLOB_MODE = 0o600
@@ -88,10 +88,11 @@ class ImageStore(StoreParts):
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def write_aci(self, source: Readable, *, latest: bool | None = None) -> str:
+    def write_aci(self, source: Readable, *, latest: bool | None = None, name: str = "") -> str:
         """WriteACI: import an image, packed or not; its key. Importing it again renews its record.
 
-        ``latest`` None leaves the mark as it is. What is refused leaves nothing behind.
+        ``latest`` None leaves the mark as it is. With a ``name`` only an image of that name is taken. What is refused leaves nothing
+        behind.
         """
         unpacked = open_image(source, self.limits)
         with contextlib.ExitStack() as stack:
@@ -99,12 +100,16 @@ class ImageStore(StoreParts):
                 temporary = stack.enter_context(self.temporaries.file())
             with step("error copying image"):
                 digest, size_bytes = fill(temporary, unpacked)
-            return self.publish_aci(temporary, digest, size_bytes, latest=latest)
+            return self.publish_aci(temporary, digest, size_bytes, latest=latest, name=name)
 
-    def publish_aci(self, temporary: Temporary, digest: Digest, size_bytes: int, *, latest: bool | None = None) -> str:
+    def publish_aci(
+        self, temporary: Temporary, digest: Digest, size_bytes: int, *, latest: bool | None = None, name: str = ""
+    ) -> str:
         """Import a complete unpacked archive of the store's own temporaries, whose sha512 is known; its key."""
         with step("error extracting image manifest"):
             manifest = read_manifest(temporary.fd)
+            if name not in {"", manifest.name}:
+                raise BadDataError(f"the image is called {shown(manifest.name)}, not {shown(name)}")
         key, now_ns = hash_to_key(digest), self.now_ns()
         info = AciInfo(
             blob_key=key,

@@ -28,6 +28,9 @@ from imaging.files import os_errors
 GPG_TIMEOUT_S = 60.0
 """Verifying 100 MB takes a second; making a signature with a slow hardware key takes a few."""
 
+GPG_FILE_TIMEOUT_S = 3600.0
+"""For a file of 256 GiB at 100 MB/s."""
+
 LINE_MAX_BYTES = 19_990
 """gpg cuts longer lines of a clearsigned text (MAX_LINELEN is 19995) and calls the signature good all the same."""
 
@@ -100,6 +103,15 @@ class Verifier:
     def verify_detached(self, document: bytes, signature: bytes) -> Verified:
         """The document, if the signature is over it; BadDataError."""
         return Verified(document, self._run(document, signature).fingerprint)
+
+    def verify_detached_file(self, path: Path, signature: bytes) -> str:
+        """The fingerprint of the key whose signature is over a file of any size; BadDataError."""
+        with tempfile.TemporaryDirectory(prefix="mistify-gpgv-") as home:
+            keyring, detached = Path(home, "keys.gpg"), Path(home, "signature")
+            keyring.write_bytes(self._keyring)
+            detached.write_bytes(signature)
+            command = ["gpgv", "--homedir", home, "--keyring", str(keyring), str(detached), str(path.absolute())]
+            return _good_signature(run_gpg(command, b"", GPG_FILE_TIMEOUT_S))
 
     def _run(self, document: bytes, signature: bytes | None) -> Verified:
         with tempfile.TemporaryDirectory(prefix="mistify-gpgv-") as home:
