@@ -215,9 +215,12 @@ class Pool:
         return Volume(info.name, info.volsize_bytes or 0, str(self.driver.device(info.name, timeout_s=timeout_s)))
 
     def show_as_is(self, info: DatasetInfo, *, timeout_s: float = LIST_DEVICES_TIMEOUT_S) -> Volume:
-        """Blocking: the same for callers who can do without the device: empty if it does not appear."""
+        """Blocking: the same for callers who can do without the device: empty if it does not appear.
+
+        That of an image is not waited for: hardly anybody opens it, and without ZFS all of the image may have to be copied first.
+        """
         try:
-            return self.show(info, timeout_s=timeout_s)
+            return self.show(info, timeout_s=0.0 if info.name.parent == self.images else timeout_s)
         except UnavailableError:
             return Volume(info.name, info.volsize_bytes or 0, "")
 

@@ -233,7 +233,10 @@ class StorageDriver(Protocol):
     # -- content -----------------------------------------------------------------------------------------------------
 
     def device(self, name: DatasetName, *, timeout_s: float = 10.0) -> Path:
-        """A path a guest can open as its disk, only once it is there and is this volume. WrongKindError: not a volume."""
+        """A path a guest can open as its disk, only once it is there and is this volume. WrongKindError: not a volume.
+
+        UnavailableError if it does not appear in time. Without any time nothing is made that is not there yet.
+        """
 
     def open_volume(self, name: DatasetName, *, writable: bool = False) -> AbstractContextManager[int]:
         """The volume's bytes as a file descriptor (pread, pwrite, fsync). Closing it after writing makes it durable."""

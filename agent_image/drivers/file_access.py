@@ -17,7 +17,7 @@ from agent_image.drivers.file_contents import VOLUME_MODE
 from agent_image.drivers.file_records import Change, DatasetRecord
 from agent_image.drivers.file_space import FileSpace
 from imaging import files
-from imaging.errors import BusyError, NotPermittedError
+from imaging.errors import BusyError, NotPermittedError, UnavailableError
 from imaging.names import DatasetName, SnapshotName
 
 ATTEMPTS_MAX = 8
@@ -27,8 +27,12 @@ ATTEMPTS_MAX = 8
 class FileAccess(FileSpace):
     """Adds the calls on content."""
 
-    def device(self, name: DatasetName, *, timeout_s: float = 10.0) -> Path:  # noqa: ARG002 -- the contract has it
-        """A path a guest can open as its disk. It is there when the call returns, so ``timeout_s`` is not needed here."""
+    def device(self, name: DatasetName, *, timeout_s: float = 10.0) -> Path:
+        """A path a guest can open as its disk. A file that has to be made for it takes as long as it takes."""
+        if timeout_s <= 0:
+            with self._shared(name) as volume:
+                if not volume.private:
+                    raise UnavailableError(f"{name} has no file of its own yet")
         with self._private(name) as volume:
             return self._links.point(name, self._contents.path(volume.content))
 

@@ -97,4 +97,5 @@ _BY_CODE: dict[int, type[MistifyError]] = {
 
 def _translate(err: sqlite3.Error, what: str) -> MistifyError:
     code = getattr(err, "sqlite_errorcode", 0) & 0xFF  # extended codes carry the primary one in the low byte
-    return _BY_CODE.get(code, UnavailableError)(what)
+    kind = _BY_CODE.get(code, UnavailableError)
+    return kind(what if kind is not NoSpaceError else f"{what}: no space left on device")

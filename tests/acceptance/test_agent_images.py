@@ -212,6 +212,20 @@ def test_delete_image_destroys_volume_and_returns_record(agent: Agent, image_ser
     assert agent.error("GetVolume", id="images/del") == "not found"
 
 
+def test_list_of_volumes_shows_images_and_copies_none(
+    agent: Agent, image_server: FakeImageServer, driver: str, pool: str
+) -> None:
+    image_server.serve("listed", disk(12, 4 * MIB))
+    agent.call("RequestImage", id="listed")
+    state_dir = agent.log_path.with_suffix("")
+    files = set(state_dir.glob("pools/*/contents/*"))
+    listed = {one["id"]: one for one in agent.call("ListVolumes")["volumes"]}
+    assert listed[f"{pool}/images/listed"]["size"] == 4
+    assert set(state_dir.glob("pools/*/contents/*")) == files
+    assert bool(files) == (driver == "file")
+    assert agent.call("GetVolume", id="images/listed")["volumes"][0]["device"]
+
+
 def test_delete_image_on_its_way_stops_the_fetch(agent: Agent, image_server: FakeImageServer) -> None:
     image_server.serve("stopped", disk(8), hang_after=64 << 10)
     errors: list[str] = []

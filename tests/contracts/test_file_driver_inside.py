@@ -62,6 +62,33 @@ def contents(state_dir: Path) -> list[Path]:
     return sorted((state_dir / "pools" / "tank" / "contents").iterdir())
 
 
+def test_device_asked_for_without_time_makes_nothing(driver: FileDriver, tmp_path: Path) -> None:
+    """A list of volumes must not copy every image that nobody has opened yet."""
+    make_volume(driver, ROOT / "v")
+    take(driver, ROOT / "v" @ "s")
+    driver.clone(ROOT / "v" @ "s", ROOT / "c")
+    before = contents(tmp_path)
+    with pytest.raises(UnavailableError, match="no file of its own yet"):
+        driver.device(ROOT / "c", timeout_s=0.0)
+    assert contents(tmp_path) == before
+    assert driver.device(ROOT / "c") == driver.device(ROOT / "c", timeout_s=0.0)
+
+
+def test_records_that_do_not_fit_on_the_disk_are_no_space(driver: FileDriver) -> None:
+    make_volume(driver, ROOT / "v")
+    [pages] = driver._store._db.execute("PRAGMA page_count").fetchone()
+    driver._store._db.execute(f"PRAGMA max_page_count={pages}")
+
+    def fill() -> None:
+        for number in range(1000):
+            take(driver, ROOT / "v" @ f"s{number}")
+
+    with pytest.raises(NoSpaceError, match=r"records\.db: no space left on device"):
+        fill()
+    driver._store._db.execute("PRAGMA max_page_count=1073741823")
+    take(driver, ROOT / "v" @ "afterwards")
+
+
 # -- sharing ---------------------------------------------------------------------------------------------------------------
 
 
