@@ -82,14 +82,14 @@ def test_confirmed_device_is_not_asked_again_until_another_stands_behind_the_lin
         return "tank/v"
 
     link.symlink_to(node)
-    numbers = {link: number}
-    monkeypatch.setattr(devices, "number_of", numbers.get)
+    numbers = {str(link): number}
+    monkeypatch.setattr(devices, "number_of", lambda path: numbers.get(str(path)))
     monkeypatch.setattr(devices, "volume_of", volume_of)
     known = devices.Devices(node.parent)
     for _ in range(3):
         assert known.wait_linked("tank/v", 60.0, guid=11) == link
     assert len(asked) == 1
-    numbers[link] = devices.Number(0xE600, 8)  # the number is used again: another node, another inode
+    numbers[str(link)] = devices.Number(0xE600, 8)  # the number is used again: another node, another inode
     known.wait_linked("tank/v", 60.0, guid=11)
     assert len(asked) == 2
     known.wait_linked("tank/v", 60.0, guid=12)  # another volume of that name

@@ -48,7 +48,15 @@ class Number(NamedTuple):
     inode: int
 
 
-def number_of(device: Path) -> Number | None:
+class Confirmed(NamedTuple):
+    """A link that led to a volume's device when it was asked. The text is for lists of thousands."""
+
+    link: Path
+    text: str
+    number: Number
+
+
+def number_of(device: Path | str) -> Number | None:
     """The number of a device behind a path; None if there is none."""
     try:
         found = os.stat(device)  # noqa: PTH116 - asked for each volume of a list
@@ -99,7 +107,7 @@ class Devices:
         self._links = link_directory or device_directory / "zvol"
         self._lock = threading.Lock()
         self._asked: dict[Node, str] = {}
-        self._confirmed: dict[tuple[int, str], Number] = {}
+        self._confirmed: dict[tuple[int, str], Confirmed] = {}
         """Devices behind links of volumes, by guid and name: opening a device to ask costs much more than looking at its number."""
 
     def find(self, volume: str) -> Path | None:
@@ -165,16 +173,17 @@ class Devices:
         With the volume's ``guid``, a link that still leads to the device that was asked before is not asked again: as long as the
         node lasts, its device is this volume.
         """
+        known = self._confirmed.get((guid, volume)) if guid else None
+        if known is not None and number_of(known.text) == known.number:
+            return known.link
         link = self._links / volume
-        number = number_of(link) if guid else None
-        if number is not None and self._confirmed.get((guid, volume)) == number:
-            return link
+        before = number_of(link)
         path = self._wait_linked(volume, timeout_s)
-        if path == link and number is not None and number_of(link) == number:  # the same before it was asked and after
+        if guid and path == link and before is not None and number_of(link) == before:  # the same when it was asked
             with self._lock:
                 if len(self._confirmed) >= CONFIRMED_MAX:
                     self._confirmed.clear()
-                self._confirmed[guid, volume] = number
+                self._confirmed[guid, volume] = Confirmed(link, str(link), before)
         return path
 
     def _wait_linked(self, volume: str, timeout_s: float) -> Path:
