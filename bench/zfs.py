@@ -35,7 +35,7 @@ VOLUMES = 2_000
 SNAPSHOTS = 10_000
 SNAPSHOTS_OF_ONE = 10
 VOLUME_BYTES = 1 << 20
-STREAM_BYTES = 256 << 20
+STREAM_BYTES = 128 << 20
 BLOCK_BYTES = 16 << 10
 PROGRAM_TIMEOUT_S = 3600
 AT_LEAST_S = 1.0
@@ -219,6 +219,7 @@ def _ask(report: Report, pool: PoolName) -> None:
         start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent,
     ):
         report.note(f"the agent was ready {elapsed_s():.0f} s after its start, with its index of all of them")
+        _first_lists(report, agent)
         _outside(report, pool, agent)
         _answers(report, pool, agent)
 
@@ -261,6 +262,16 @@ class Caller:
         return answer
 
 
+def _first_lists(report: Report, agent: Agent) -> None:
+    caller = Caller(agent)
+    for method in ("ListVolumes", "ListSnapshots"):
+        with harness.stopwatch() as elapsed_s:
+            caller.ask(method)
+        report.note(
+            f"the first {method} of the pool after a start, which asks ZFS once for each, took {elapsed_s():.1f} s"
+        )
+
+
 def _outside(report: Report, pool: PoolName, agent: Agent) -> None:
     """How long the agent takes to show what the zfs program changed."""
     caller, one, root = Caller(agent), f"{pool}/bench/v1", f"{pool}/bench"
@@ -299,12 +310,6 @@ def _answers(report: Report, pool: PoolName, agent: Agent) -> None:
     report.add(compare(title, "/s", ours("ListSnapshots", id="bench/v0"), program(*snapshots, one)))
     report.add(compare("GetVolume", "/s", ours("GetVolume", id="bench/v0"), program("list", "-Hp", *volume, one)))
     everything = program("list", "-Hp", "-r", "-t", "volume", *volume, pool)
-    for method in ("ListVolumes", "ListSnapshots"):
-        with harness.stopwatch() as elapsed_s:
-            caller.ask(method)
-        report.note(
-            f"the first {method} of the pool after a start, which asks ZFS once for each, took {elapsed_s():.1f} s"
-        )
     report.add(_compare_once("ListVolumes", ours("ListVolumes"), everything))
     report.add(_compare_once("ListSnapshots of the pool", ours("ListSnapshots"), program(*snapshots, pool)))
 
