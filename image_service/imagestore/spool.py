@@ -219,7 +219,10 @@ class _Unpacked:
 
 
 def fill(target: Temporary, source: Readable) -> tuple[Digest, int]:
-    """Write all of ``source`` durably; its sha512 and length. Reading, hashing and writing go on beside each other."""
+    """Write all of ``source``; its sha512 and length. Reading, hashing and writing go on beside each other.
+
+    It is not durable yet: who publishes the file sees to that, once it is known to be worth it.
+    """
     hasher, size = MultiHasher(["sha512"]), 0
     buffers = [memoryview(mmap.mmap(-1, PIECE_BYTES)) for _ in range(BUFFERS)]
     with ThreadPoolExecutor(2, thread_name_prefix="import") as pool:
@@ -235,9 +238,7 @@ def fill(target: Temporary, source: Readable) -> tuple[Digest, int]:
             hashing = pool.submit(hasher.update, piece)
             _write(target.fd, piece, size)
             size += len(piece)
-    with os_errors("cannot write a temporary file"):
-        _set_direct(target.fd, direct=False)
-        os.fsync(target.fd)
+    _set_direct(target.fd, direct=False)
     return hasher.digest("sha512"), size
 
 

@@ -110,6 +110,8 @@ class ImageStore(StoreParts):
             manifest = read_manifest(temporary.fd)
             if name not in {"", manifest.name}:
                 raise BadDataError(f"the image is called {shown(manifest.name)}, not {shown(name)}")
+        with step("error closing image"):
+            os.fsync(temporary.fd)
         key, now_ns = hash_to_key(digest), self.now_ns()
         info = AciInfo(
             blob_key=key,

@@ -255,6 +255,9 @@ FAILING_STEPS: list[tuple[str, str]] = [
     ("error importing image manifest", "spool.TemporaryFiles.publish_bytes"),
     ("error marshalling image manifest", "store.canonical_json"),
     ("error copying image", "store.fill"),
+    ("error creating image", "spool.open_locked"),
+    ("error closing image", "store.os.fsync"),
+    ("error locking image", "locks.open_locked"),
 ]
 
 

@@ -11,8 +11,9 @@ from imaging.errors import BadDataError, MistifyError, NotFoundError
 from imaging.kv.sqlite import SqliteKeyValue
 from imaging.simplestreams.constraint import ImageConstraint
 from imaging.simplestreams.freshness import LastSeen
-from imaging.simplestreams.model import CloudSpec, ImageMetadata, ResolveInfo
+from imaging.simplestreams.model import CloudSpec, ImageMetadata, Index, ResolveInfo, decode_document
 from imaging.simplestreams.reader import Lookup, fetch, get_latest_image_id_metadata
+from imaging.simplestreams.selecting import NoMatchError, choose_entry
 from imaging.simplestreams.sources import MemorySource
 from imaging.simplestreams.validate import validate_image_metadata
 from tests.simplestreams.catalogues import (
@@ -119,6 +120,15 @@ def test_fetch_that_matches_nothing_is_empty() -> None:
         ResolveInfo(source="memory", signed=False, index_url=source().url("streams/v1/index.json")),
     )
     assert ids(tree(), ImageConstraint("nowhere", "", ["precise"])) == []
+
+
+def test_index_without_the_products_says_which_were_wanted() -> None:
+    parsed = decode_document(json.dumps(index()).encode(), Index, "index")
+    with pytest.raises(NoMatchError) as caught:
+        choose_entry(parsed, "image-ids", CloudSpec(), ["com.ubuntu.cloud:server:14.04:amd64", "b"])
+    assert caught.value.message == (
+        'index file has no data for product name(s) ["com.ubuntu.cloud:server:14.04:amd64" "b"]'
+    )
 
 
 INDEX_URL = "test://memory/streams/v1/index.json"
