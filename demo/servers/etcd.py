@@ -27,10 +27,11 @@ ELECTION_MS = 1000
 class EtcdNode:
     """One member."""
 
-    def __init__(self, name: str, process: ServerProcess, url: str) -> None:
+    def __init__(self, name: str, process: ServerProcess, url: str, peer_url: str) -> None:
         self.name = name
         self.process = process
         self.url = url
+        self.peer_url = peer_url
 
     def status(self, pools: urllib3.PoolManager) -> dict[str, Any] | None:
         """Return what the node says of itself, or None if it says nothing in time."""
@@ -121,7 +122,7 @@ def etcd_cluster(
     for name in names:
         client = f"{scheme}://127.0.0.1:{free_port()}"
         arguments = [*_arguments(name, directory, client, peers[name], initial), *more]
-        nodes.append(EtcdNode(name, ServerProcess(arguments, directory / f"{name}.log"), client))
+        nodes.append(EtcdNode(name, ServerProcess(arguments, directory / f"{name}.log"), client, peers[name]))
     cluster = EtcdCluster(nodes, make_pools())
     try:
         for node in nodes:

@@ -292,10 +292,14 @@ class S3BlobWriter:
         self._store.let_go(self.ref)
 
     def abort(self) -> None:
-        """See BlobWriter; a second abort, or one after close, does nothing."""
+        """See BlobWriter; a second abort, or one after close, does nothing. What can't be removed now is collected later."""
         with self._lock:
-            if self._open:
-                self._drop()
+            if not self._open:
+                return
+            try:
+                remove_ingest(self._bucket, self.prefix)
+            finally:
+                self._end()
 
     def abandon(self) -> None:
         """See BlobWriter."""
