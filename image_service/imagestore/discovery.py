@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from html.parser import HTMLParser
 
 import requests
@@ -57,15 +58,21 @@ def find_image_urls(app: AppName, session: requests.Session) -> list[str]:
         except UnavailableError as err:
             failure = failure or err
             continue
-        tags = _Tags()
-        tags.feed(page)
-        templates = [template for prefix, template in tags.found if _covers(prefix, app.name)]
+        templates = [template for prefix, template in _find_tags(page) if _covers(prefix, app.name)]
         urls = [url for url in (_fill(template, app) for template in templates) if url is not None]
         if urls:
             return urls
     if failure is not None:
         raise failure
     raise NotFoundError(f"no page of {app.name.split('/')[0]} says where images of {app.name} are")
+
+
+def _find_tags(page: str) -> list[tuple[str, str]]:
+    """Prefixes and templates, as far as the page can be parsed."""
+    tags = _Tags()
+    with suppress(AssertionError):  # how the parser tells of a declaration it cannot make sense of
+        tags.feed(page)
+    return tags.found
 
 
 def _ancestors(name: str) -> Iterator[str]:

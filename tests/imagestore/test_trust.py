@@ -236,6 +236,13 @@ def test_name_is_found_by_the_template_of_its_nearest_page(site: Site, session: 
     assert site.asked == ["/example.com/tools/app?ac-discovery=1", "/example.com/tools?ac-discovery=1"]
 
 
+@pytest.mark.parametrize("rubbish", [b"<![foo", b"<![foo bar]>", b"\xff\xfe<", b"<!DOCTYPE a [<!FOO>]>", b""])
+def test_page_with_rubbish_says_what_it_said_before_it(site: Site, session: requests.Session, rubbish: bytes) -> None:
+    site.answers["/example.com/tools/app?ac-discovery=1"] = [(200, rubbish)]
+    site.answers["/example.com/tools?ac-discovery=1"] = [(200, _page(("example.com", TEMPLATE)) + rubbish)]
+    assert find_image_urls(WANTED, session) == [FOUND]
+
+
 def test_name_without_labels_means_the_latest_for_this_machine(site: Site, session: requests.Session) -> None:
     site.answers["/example.com/?ac-discovery=1"] = [(200, _page(("example.com", TEMPLATE)))]
     arch = default_labels()["arch"]
