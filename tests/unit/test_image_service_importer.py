@@ -14,11 +14,12 @@ from image_service.collector import Collector, fetch_ref, upload_ref
 from image_service.fetcher import ConversationLimits, Fetcher
 from image_service.importer import FetchLimits, Importer
 from image_service.inspector import Inspector
-from image_service.lifecycle import Image, ImageStatus, ImageType
+from image_service.lifecycle import Details, Expected, Image, ImageStatus, ImageType
 from image_service.metadata import MetadataStore
 from image_service.service import ImageService
 from image_service.sources import SourcePolicy
 from image_service.spool import Pools, Spool, settled
+from image_service.uploads import Uploads
 from imaging.blobs.local import LocalBlobStore
 from imaging.digests import Digest
 from imaging.errors import ConflictError, NoSpaceError, NotFoundError, TooLargeError, UnavailableError
@@ -253,6 +254,32 @@ async def test_fetch_that_died_while_it_was_looked_at_is_not_fetched_again(
     assert list(second.blobs.leases()) == []
     await second.service.delete(image.id)
     assert (list(second.blobs.list()), list(second.blobs.ingests())) == ([], [])
+    await second.close()
+
+
+async def test_upload_in_parts_that_died_before_it_was_an_image_becomes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    first = Parts(tmp_path)
+    uploads = Uploads(first.records, first.blobs, first.collector, first.inspector, pools=first.pools)
+    monkeypatch.setattr(first.inspector, "publish", die)
+    upload = await uploads.create(ImageType.KVM, len(DATA), details=Details(), expected=Expected())
+    await uploads.append(upload.image.id, 0, _chunks(DATA[:1000]))
+    with pytest.raises(asyncio.CancelledError):
+        await uploads.append(upload.image.id, 1000, _chunks(DATA[1000:]))
+    await first.close()
+    second = Parts(tmp_path)
+    again = Uploads(second.records, second.blobs, second.collector, second.inspector, pools=second.pools)
+    await second.service.start()
+    await again.start()
+    await asyncio.wait(again._finishing)
+    image = await second.wait(upload.image.id, ImageStatus.COMPLETE)
+    assert (image.digest, image.unpacked_sha512) == (str(Digest.of(DATA)), str(Digest.of(DATA, "sha512")))
+    assert (list(second.blobs.leases()), list(second.blobs.ingests())) == ([], [])
+    await again.close()
     await second.close()
 
 
