@@ -53,6 +53,7 @@ class Reservation:
     def receive(self, received_bytes: int) -> None:
         """So many bytes were written in all."""
         self.received_bytes = received_bytes
+        self._admission.received(self)
 
     def reclaim(self, wanted_bytes: int) -> bool:
         """More came than there is room for: remove what can be made again; whether anything was."""
@@ -132,6 +133,12 @@ class Admission:
             return
         if free_bytes(self._directory) - missing_bytes - wanted_bytes < self._limits.free_min_bytes:
             raise NoSpaceError("image does not fit into the free space: no space left on device")
+
+    def received(self, reservation: Reservation) -> None:
+        """What :meth:`Reservation.receive` says; the store itself refuses a byte too many here."""
+
+    def close(self) -> None:
+        """Let what was ended be written down."""
 
     def end(self, reservation: Reservation) -> None:
         """What :meth:`Reservation.end` says."""

@@ -17,6 +17,7 @@ from image_service.catalog_web import CatalogEndpoints
 from image_service.collector import Collector
 from image_service.config import ServiceConfig
 from image_service.derive import DerivedStore, Deriver
+from image_service.derive_cache import DerivedIndex
 from image_service.derive_web import DerivedEndpoints
 from image_service.fetcher import Fetcher
 from image_service.importer import Importer
@@ -28,6 +29,7 @@ from image_service.page import PageEndpoint
 from image_service.scrubbing import Scrubber
 from image_service.service import ImageService
 from image_service.serving import BlobEndpoints
+from image_service.shared_admission import SharedAdmission
 from image_service.spool import Pools
 from image_service.stores import image_stores, metadata_stores
 from image_service.tus import TusEndpoints
@@ -56,10 +58,11 @@ def _open_stores(config: ServiceConfig, undo: contextlib.ExitStack) -> tuple[Met
     return records, images.blobs
 
 
-def _admission(config: ServiceConfig, blobs: BlobStore) -> Admission:
+def _admission(config: ServiceConfig, records: MetadataStore, blobs: BlobStore, collector: Collector) -> Admission:
     if isinstance(blobs, LocalBlobStore):
         return Admission(config.admission, used_bytes=lambda: blobs.used_bytes, directory=config.images_dir)
-    return Admission(config.admission)
+    index = DerivedIndex(records.engine, config.derive)
+    return SharedAdmission(config.admission, records, index.stored_bytes, collector.is_left)
 
 
 def _deriver(
@@ -92,8 +95,9 @@ async def create(settings: ServerSettings, config: ServiceConfig) -> web.Applica
         records, blobs = await pools.data(_open_stores, config, stores)
         fetcher = Fetcher(config.policy, config.conversation)
         undo.push_async_callback(fetcher.close)
-        admission = _admission(config, blobs)
         collector = Collector(records, blobs, grace_s=config.collect_grace_s)
+        admission = _admission(config, records, blobs, collector)
+        undo.callback(admission.close)
         inspector = Inspector(
             records, blobs, admission, collector, limits=config.inspection, directory=_directory(config)
         )

@@ -150,6 +150,10 @@ class Collector:
         """Whether a record or a cache names a blob: others are on their way in or out, and nobody's business."""
         return self._records.needs(digest) or any(cache.needs(digest) for cache in self._caches)
 
+    def is_shown(self, digest: Digest) -> bool:
+        """As :meth:`is_named`, for those who only read: good enough in an outage."""
+        return self._records.shown.needs(digest) or self.is_named(digest)
+
     def forget(self, ref: str) -> None:
         """Remove an ingest and its lease; absent is fine."""
         self._blobs.abort(ref)
@@ -178,6 +182,10 @@ class Collector:
             cache.sweep(self._records.needs)
         turn.check()
         return self._report(self._blobs.collect(self._kept(), grace_s=grace_s, limit=limit, needed=self.is_named))
+
+    def is_left(self, ref: str) -> bool:
+        """Whether whoever wrote this ingest is gone."""
+        return self._is_left(ref, self._records.replica.held())
 
     def _forget_dead(self) -> None:
         """Remove the ingests and leases whose owners are gone."""

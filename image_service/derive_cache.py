@@ -24,7 +24,7 @@ from image_service.derive_forms import Recipe
 from image_service.derive_work import DeriveLimits
 from imaging.blobs.base import BlobInfo
 from imaging.digests import Digest
-from imaging.errors import ConflictError, LeaseLostError
+from imaging.errors import ConflictError, LeaseLostError, UnavailableError
 from imaging.kv.base import Compare, Delete, Entry, KeyValue, Put, put
 from imaging.kv.leases import Fence
 
@@ -77,7 +77,7 @@ class DerivedIndex:
         now = self._clock()
         if now - derived.used_s >= TOUCH_S:
             newer = msgspec.structs.replace(derived, used_s=now)
-            with contextlib.suppress(ConflictError):  # somebody else noted a use, or removed it this instant
+            with contextlib.suppress(ConflictError, UnavailableError):  # somebody else did, or nobody can just now
                 put(self._store, entry.key, msgspec.json.encode(newer), expect=entry.revision)
         return derived
 
@@ -100,6 +100,10 @@ class DerivedIndex:
     def digests(self) -> set[Digest]:
         """Every blob the index names: what a garbage collection keeps."""
         return {derived.blob for _, derived in self._entries()}
+
+    def stored_bytes(self) -> int:
+        """The bytes of all of them."""
+        return sum({derived.digest: derived.size_bytes for _, derived in self._entries()}.values())
 
     def needs(self, digest: Digest) -> bool:
         """Whether some entry names the blob."""

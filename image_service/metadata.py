@@ -4,7 +4,7 @@ Keys::
 
     images/<id>                     the record, JSON
     sources/<sha256 of the source>  the id of the one record with that source
-    digests/<sha256>/<id>           empty; says that this record needs this blob
+    digests/<sha256>/<id>           the blob's size; says that this record needs this blob
     contents/<sha256>/<id>          empty; says that this record is an image with that content, in whatever encoding
     unfinished/<id>                 empty; says that somebody owes work on this record
 
@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 
 from image_service.lifecycle import UNFINISHED, Image, ImageType
-from image_service.replica import TTL_S, Replica
+from image_service.replica import TTL_S, Replica, tolerant
 from imaging.digests import Digest
 from imaging.errors import BadDataError, ConflictError, LeaseLostError, NotFoundError, UnavailableError
 from imaging.kv.base import ABSENT, Compare, Delete, Entry, KeyValue, Operation, Put
@@ -88,7 +88,7 @@ def _index(image: Image) -> list[Operation]:
     if image.source:
         entries.append(Put(source_key(image.source), image.id.encode()))
     if image.digest:
-        entries.append(Put(digest_key(image), b""))
+        entries.append(Put(digest_key(image), str(image.size_bytes).encode()))
     if image.content_digest:
         entries.append(Put(content_key(image), b""))
     if image.status in UNFINISHED and image.source:
@@ -157,6 +157,11 @@ class MetadataStore:
         return self._store
 
     @property
+    def shown(self) -> MetadataStore:
+        """The records for those who only show them: in an outage they may be as old as what one node of the engine knows."""
+        return MetadataStore.over(tolerant(self._store))
+
+    @property
     def replica(self) -> Replica:
         """This process among those that share the engine."""
         with self._opening:
@@ -219,6 +224,18 @@ class MetadataStore:
     def needs(self, digest: Digest) -> bool:
         """Whether any record names that blob."""
         return bool(self._store.list(f"{DIGESTS}{digest.hex}/", limit=1))
+
+    def stored_bytes(self) -> int:
+        """The bytes of all blobs that records name, each counted once."""
+        sizes: dict[str, int] = {}
+        for entry in self._pages(DIGESTS):
+            hex_digits, _, image_id = entry.key.removeprefix(DIGESTS).partition("/")
+            if entry.value:
+                sizes[hex_digits] = int(entry.value)
+            elif hex_digits not in sizes:  # written by an older version
+                image = self.find_by_id(image_id)
+                sizes[hex_digits] = image.size_bytes if image else 0
+        return sum(sizes.values())
 
     def ids_by_digest(self, digest: Digest) -> Sequence[str]:
         """Ids of the records that name that blob, in order."""

@@ -36,6 +36,11 @@ def open_leases(engine: KeyValue, holder: str) -> Leases:
     )
 
 
+def tolerant(engine: KeyValue) -> KeyValue:
+    """The engine for those who only show what is there, and rather show what one node knows than nothing."""
+    return engine.tolerant() if isinstance(engine, EtcdKeyValue) else engine
+
+
 class Replica:
     """See the module's docstring. Blocking; threads may share it. Life: construct, use, ``close`` before the engine."""
 
@@ -48,13 +53,20 @@ class Replica:
         self._session: Fence | None = None
 
     def session(self) -> Fence:
-        """This process's own lease, taken anew if it was lost; UnavailableError if that can't be done now."""
+        """This process's own lease, taken anew if it was lost; UnavailableError if the engine takes no changes now.
+
+        Asked before long work, so that it is refused at once and not at its end.
+        """
         with self._lock:
-            if self._session is None or self._session.is_lost:
+            if self._session is None or self._session.is_lost or not self._is_there(self._session):
                 self._session = self._leases.acquire(
                     f"{SESSIONS}{self.id}-{uuid.uuid4().hex[:ID_CHARS]}", ttl_s=self.ttl_s
                 )
             return self._session
+
+    def _is_there(self, fence: Fence) -> bool:
+        """As :meth:`is_over`, but never told by a node that may not know."""
+        return any(entry.revision == fence.compare.revision for entry in self._engine.list(fence.compare.key, limit=1))
 
     def acquire(self, name: str) -> Fence:
         """Take a turn; BusyError if another process has it."""

@@ -122,7 +122,7 @@ class ImageService:
 
     async def list(self, image_type: ImageType | None = None) -> Sequence[Image]:
         """Images (of one type), in id order."""
-        return [self._live(image) for image in await self._offload(self._records.list, image_type)]
+        return [self._live(image) for image in await self._offload(self._records.shown.list, image_type)]
 
     async def page(
         self, fits: Callable[[Image], bool], *, after_id: str = "", limit: int | None = None
@@ -133,7 +133,7 @@ class ImageService:
         return [self._live(image) for image in (found[:limit] if more else found)], more
 
     def _select(self, fits: Callable[[Image], bool], after_id: str, limit: int | None) -> Sequence[Image]:
-        return list(itertools.islice(filter(fits, self._records.iterate(after_id)), limit))
+        return list(itertools.islice(filter(fits, self._records.shown.iterate(after_id)), limit))
 
     async def twins(self, images: Sequence[Image]) -> Mapping[str, Sequence[str]]:
         """For each image's id the ids of others with the same content."""
@@ -142,9 +142,10 @@ class ImageService:
     def _twins(self, images: Sequence[Image]) -> Mapping[str, Sequence[str]]:
         digests = {image.content_digest for image in images if image.content_digest}
         if len(digests) > TWINS_SINGLY_MAX:
-            known = self._records.contents()
+            known = self._records.shown.contents()
         else:
-            known = {digest: self._records.ids_by_content(Digest.parse(digest)) for digest in digests}
+            shown = self._records.shown
+            known = {digest: shown.ids_by_content(Digest.parse(digest)) for digest in digests}
         return {
             image.id: [other for other in known.get(image.content_digest, ()) if other != image.id] for image in images
         }

@@ -39,6 +39,9 @@ PIECE_BYTES = 1 << 20
 IMMUTABLE = "public, max-age=31536000, immutable"
 """What has its digest for a name never changes; a year is as long as caches count."""
 
+_OF_THE_BODY = frozenset({hdrs.CONTENT_TYPE, hdrs.CONTENT_LENGTH, hdrs.CONTENT_RANGE})
+"""Headers that a redirect, which has no body, does not have."""
+
 _RANGE = re.compile(r"bytes=\s*(\d{0,18})\s*-\s*(\d{0,18})\s*\Z")
 
 log = logging.getLogger(__name__)
@@ -132,7 +135,7 @@ class BlobEndpoints:
             digest = Digest.parse(request.match_info["digest"])
         except InvalidArgumentError as err:
             raise NotFoundError("not found") from err
-        if digest.algorithm != "sha256" or not await self._pools.records(self._collector.is_named, digest):
+        if digest.algorithm != "sha256" or not await self._pools.records(self._collector.is_shown, digest):
             raise NotFoundError("not found")
         info = await self._pools.data(self._blobs.info, digest)
         return await send_blob(request, self._blobs, info, self._pools.data, {hdrs.CACHE_CONTROL: IMMUTABLE})
@@ -154,12 +157,21 @@ async def send_blob(
     if request.method == hdrs.METH_HEAD or not chosen.count_bytes:
         await response.prepare(request)
         return response
-    path = blobs.path(info.digest)
+    url = await offload(blobs.redirect_url, info.digest)
+    if url is not None:
+        return _redirect(url, headers)
+    path = await offload(blobs.path, info.digest)
     if path is None:
         await _send_pieces(request, response, blobs, info, chosen, offload)
     else:
         await _send_file(request, response, Path(path), chosen, offload)
     return response
+
+
+def _redirect(url: str, headers: Mapping[str, str]) -> web.Response:
+    """Let the client read from the store itself: it repeats its Range there. The address is good for it alone, and not for long."""
+    told = {name: value for name, value in headers.items() if name not in _OF_THE_BODY}
+    return web.Response(status=307, headers=told | {hdrs.LOCATION: url, hdrs.CACHE_CONTROL: "no-store"})
 
 
 async def _open(path: Path, offload: Offload) -> BinaryIO:

@@ -22,6 +22,9 @@ from imaging.kv.etcd_client import EtcdSettings
 DEFAULT_PREFIX = "/mistify/"
 """In front of every key in etcd, when nobody says otherwise: a cluster is often shared."""
 
+REDIRECT_MAX_S = 7 * 86400
+"""S3 signs no address for longer."""
+
 SECRET_MAX_BYTES = 4096
 """A longer secret is some other file."""
 
@@ -150,7 +153,10 @@ def open_s3(config: Mapping[str, Any]) -> BlobStore:
         _count(config, "part_size_bytes", PART_SIZE_BYTES),
         _count(config, "parts_max", PARTS_MAX),
     )
-    store = S3BlobStore(settings, parts=limits)
+    redirect_s = _count(config, "redirect_s", 0, least=0)
+    if redirect_s > REDIRECT_MAX_S:
+        raise InvalidArgumentError(f"'redirect_s' is at most {REDIRECT_MAX_S}")
+    store = S3BlobStore(settings, parts=limits, redirect_s=redirect_s)
     try:
         store.leases()  # a wrong address, key or bucket is told now
     except BaseException:
@@ -159,8 +165,8 @@ def open_s3(config: Mapping[str, Any]) -> BlobStore:
     return store
 
 
-def _count(config: Mapping[str, Any], key: str, default: int) -> int:
+def _count(config: Mapping[str, Any], key: str, default: int, *, least: int = 1) -> int:
     value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidArgumentError(f"{key!r} must be a whole number above 0")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidArgumentError(f"{key!r} must be a whole number above {least - 1}")
     return value

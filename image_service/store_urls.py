@@ -26,7 +26,7 @@ from imaging.errors import InvalidArgumentError, NotFoundError
 from imaging.kv.base import KeyValue
 from imaging.kv.sqlite import SqliteKeyValue, from_sqlite_error
 
-_NUMBERS = ("part_size_bytes", "parts_max")
+_NUMBERS = ("part_size_bytes", "parts_max", "redirect_s")
 
 
 def _split(url: str) -> tuple[SplitResult, dict[str, Any]]:

@@ -12,6 +12,7 @@ unknown is UnavailableError with ``maybe_applied``. Two callers that write equal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +58,13 @@ class EtcdKeyValue:
     def __init__(self, settings: EtcdSettings) -> None:
         self.client = EtcdClient(settings)
         self._prefix = encode_text(settings.prefix, "prefix")
+        self._stale_lists = False
+
+    def tolerant(self) -> EtcdKeyValue:
+        """The same store for those who only show what is there: with ``stale_gets`` its lists fall back like its gets."""
+        view = copy.copy(self)
+        view._stale_lists = self.client.settings.stale_gets  # noqa: SLF001 - our own
+        return view
 
     @property
     def prefix(self) -> bytes:
@@ -100,9 +108,14 @@ class EtcdKeyValue:
             with self.client.using():
                 return []
         with self.client.using():
-            return [entry for page in self._pages(start, end, limit) for entry in page]
+            try:
+                return [entry for page in self._pages(start, end, limit) for entry in page]
+            except UnavailableError:
+                if not self._stale_lists:
+                    raise
+                return [entry for page in self._pages(start, end, limit, serializable=True) for entry in page]
 
-    def _pages(self, start: bytes, end: bytes, limit: int | None) -> Iterator[Sequence[Entry]]:
+    def _pages(self, start: bytes, end: bytes, limit: int | None, **more: Any) -> Iterator[Sequence[Entry]]:
         """Pages of one revision: that of the first."""
         revision, left, size = 0, limit, PAGE_ENTRIES
         while left is None or left > 0:
@@ -111,6 +124,7 @@ class EtcdKeyValue:
                 "range_end": encode(end),
                 "limit": str(size if left is None else min(size, left)),
                 "revision": str(revision),
+                **more,
             }
             answer = self.client.read("/v3/kv/range", body, "cannot list from etcd")
             rows = answer.get("kvs", [])

@@ -6,6 +6,10 @@ error is JSON only if the gateway itself made it.
 An attempt ends in one of three ways: with an answer; *refused*, which changed nothing for certain and may be tried at another
 endpoint; or *uncertain*, which may have been applied or may yet be. Reads are repeated after both. A write is
 repeated only after a refusal; :class:`UncertainError` leaves the rest to the caller, who may be able to find out.
+
+A cluster that is down. Once a call's patience was in vain the cluster counts as down: until some call succeeds again, each asks every
+endpoint that answers just once and fails at once, and endpoints that say nothing are asked by one caller now and then. So a lost quorum
+costs the first callers seconds and all others milliseconds, and its return is noticed by the next call.
 """
 
 from __future__ import annotations
@@ -46,6 +50,9 @@ WRITE_TIMEOUT_S = 5.0
 
 PATIENCE_S = 3.0
 """How long refusals are tried again: an election takes one to two seconds, a lost quorum should be told soon."""
+
+PROBE_S = 1.0
+"""How often, while the cluster is down and no endpoint says anything, one caller may wait for an answer."""
 
 SUSPECT_S = 10.0
 """An endpoint that did not answer is asked last for so long."""
@@ -171,6 +178,8 @@ class EtcdClient:
         self._token = ""
         self._token_lock = threading.Lock()
         self._closing = threading.Event()
+        self._down = False
+        self._probed_s = 0.0
         self._calls = 0
         self._idle = threading.Condition()
 
@@ -217,14 +226,30 @@ class EtcdClient:
         while True:
             error = self._round(path, body, what, writes=writes)
             if not isinstance(error, MistifyError):
+                self._down = self._down and bool(body.get("serializable"))  # that one needs no quorum
                 return error
-            if time.monotonic() >= deadline_s or self._closing.wait(ROUND_PAUSE_S):
+            if self._down or time.monotonic() >= deadline_s or self._closing.wait(ROUND_PAUSE_S):
+                self._down = True
                 raise error
 
+    def _to_ask(self, *, any_knows: bool) -> Sequence[str]:
+        """The endpoints, the likely ones first. While the cluster is down only one caller at times waits for those that say nothing.
+
+        What any node knows is asked of all: one that could not write in time can still read.
+        """
+        endpoints, now_s = self.ordered(), time.monotonic()
+        if not self._down:
+            return endpoints
+        answering = [endpoint for endpoint in endpoints if self._suspect_until_s.get(endpoint, 0.0) <= now_s]
+        if answering or (now_s - self._probed_s < PROBE_S and not any_knows):
+            return answering
+        self._probed_s = now_s
+        return endpoints
+
     def _round(self, path: str, body: Mapping[str, Any], what: str, *, writes: bool) -> dict[str, Any] | MistifyError:
-        """Ask each endpoint once, the likely ones first; the answer, or why there is none yet."""
+        """Ask each endpoint once; the answer, or why there is none yet."""
         failure: MistifyError = UnavailableError(f"{what}: no endpoint of etcd answers")
-        for endpoint in self.ordered():
+        for endpoint in self._to_ask(any_knows=bool(body.get("serializable"))):
             try:
                 return self._ask(endpoint, path, body, what, writes=writes)
             except _RefusedError as refusal:
@@ -317,6 +342,7 @@ class EtcdClient:
         except HTTPError as err:
             self.suspect(endpoint)
             raise UncertainError(f"{endpoint} gave no answer") from err
+        self._suspect_until_s.pop(endpoint, None)
         return _answer(answer.status, answer.data, endpoint, what)
 
 
