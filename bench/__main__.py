@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import codec, derive, harness, imagestore, rpc_calls, serving, simplestreams, transfers
+from bench import cluster, codec, derive, harness, imagestore, rpc_calls, serving, simplestreams, transfers
 
 BENCHMARKS: dict[str, Callable[[harness.Report, Path], None]] = {
     "rpc": rpc_calls.run,
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[harness.Report, Path], None]] = {
     "serving": serving.run,
     "imagestore": imagestore.run,
     "simplestreams": simplestreams.run,
+    "cluster": cluster.run,
 }
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 
