@@ -17,8 +17,8 @@ from tests.cluster.history import NEVER, History, Kind, Operation, Seen
 from tests.fakes.source_server import Source, SourceServer
 from tests.waiting import PATIENCE
 
-CALL_TIMEOUT_S = 30.0 * PATIENCE
-"""No process is away for so long: a call that takes longer is stuck, and noted as such."""
+CALL_TIMEOUT_S = 120.0 * PATIENCE
+"""A call through several blows ends after the time-outs of what is behind it; one that takes longer is stuck, and noted as such."""
 
 KEY_OPERATIONS_MAX = 30
 """Then a shared source is left alone: checking is exponential in what overlaps."""

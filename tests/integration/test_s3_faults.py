@@ -250,6 +250,22 @@ def _try(call: object) -> object:
         return None
 
 
+def test_abort_while_the_server_is_away_lets_go_of_the_ingest(server: SwiftServer, settings: S3Settings) -> None:
+    impatient = replace(settings, read_timeout_s=3.0, attempts_max=2)
+    with S3BlobStore(impatient, parts=PARTS) as store:
+        writer = store.ingest("ref")
+        writer.write(content(6 << 20))
+        server.proxy.kill()
+        with pytest.raises(UnavailableError):
+            writer.abort()
+        server.proxy.start()
+        server.wait_ready()
+        with store.ingest("ref") as again:
+            again.restart()
+            again.write(b"whole")
+            assert again.commit().digest == Digest.of(b"whole")
+
+
 def test_presigned_address_gives_the_blob_to_anybody_with_ranges(store: S3BlobStore) -> None:
     data = content(300_000)
     url = store.presigned_url(add(store, data).digest, expires_s=60)
