@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.daemons import Agent, start_agent
+from tests.acceptance.daemons import Agent, Daemon, start_agent, start_image_service
 from tests.fakes.image_server import FakeImageServer
+from tests.fakes.source_server import SourceServer, start_source_server
 from tests.integration.zfs_pool import run
 
 OWN_POOL_BYTES = 4 << 30
@@ -72,3 +73,23 @@ def agent(
     state_dir = tmp_path_factory.mktemp("agent") / "state"
     with start_agent(state_dir, image_service=image_server.address, driver=driver, zpool=pool) as agent:
         yield agent
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the module's image service keeps its state."""
+    return tmp_path_factory.mktemp("service") / "state"
+
+
+@pytest.fixture(scope="module")
+def service(state_dir: Path, request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """One image service for all tests of a module, started with the module's ``SERVICE_FLAGS``."""
+    with start_image_service(state_dir, **getattr(request.module, "SERVICE_FLAGS", {})) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def sources() -> Iterator[SourceServer]:
+    """A web server that images are fetched from."""
+    with start_source_server() as server:
+        yield server

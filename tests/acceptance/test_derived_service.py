@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,6 @@ from tests.waiting import wait_until
 
 OLD = disk_bytes(1, 400)
 NEW = changed(OLD, 3, 40, 350)
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("derived") / "state"
-
-
-@pytest.fixture(scope="module")
-def service(state_dir: Path) -> Iterator[Daemon]:
-    with start_image_service(state_dir) as daemon:
-        yield daemon
 
 
 @pytest.fixture(scope="module")

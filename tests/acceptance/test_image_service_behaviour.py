@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,27 +20,11 @@ from tests.acceptance.image_service_calls import (
     upload,
     wait_for,
 )
-from tests.fakes.source_server import Source, SourceServer, start_source_server
+from tests.fakes.source_server import Source, SourceServer
 from tests.waiting import wait_until
 
 DATA = bytes(range(256)) * 1000
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("behaviour") / "state"
-
-
-@pytest.fixture(scope="module")
-def service(state_dir: Path) -> Iterator[Daemon]:
-    with start_image_service(state_dir, **FETCHING, fetch_checkpoint_s=0.05) as daemon:
-        yield daemon
-
-
-@pytest.fixture(scope="module")
-def sources() -> Iterator[SourceServer]:
-    with start_source_server() as server:
-        yield server
+SERVICE_FLAGS = FETCHING | {"fetch_checkpoint_s": 0.05}
 
 
 def _records(service: Daemon, source: str) -> list[str]:

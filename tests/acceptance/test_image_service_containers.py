@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,13 @@ import zstandard
 from click.testing import CliRunner, Result
 
 from image_service.cli import cli
-from tests.acceptance.daemons import Daemon, start_image_service
+from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, stored_files, upload
 from tests.codec import samples
 from tests.imagestore.images import aci, entry, tar
 from tests.imagestore.test_oci_images import Layout
 
 ROOTFS = tar(entry("etc", None), entry("etc/hostname", b"guest\n"))
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("containers") / "state"
-
-
-@pytest.fixture(scope="module")
-def service(state_dir: Path) -> Iterator[Daemon]:
-    with start_image_service(state_dir) as daemon:
-        yield daemon
 
 
 def _layout() -> bytes:

@@ -6,14 +6,13 @@ import contextlib
 import gzip
 import http.client
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from tests.acceptance.daemons import CALL_TIMEOUT_S, Daemon, start_image_service
+from tests.acceptance.daemons import CALL_TIMEOUT_S, Daemon
 from tests.acceptance.image_service_calls import (
     FETCHING,
     call,
@@ -27,27 +26,11 @@ from tests.acceptance.image_service_calls import (
     wait_for,
 )
 from tests.codec import samples
-from tests.fakes.source_server import Source, SourceServer, start_source_server
+from tests.fakes.source_server import Source, SourceServer
 from tests.waiting import wait_until
 
 DATA = bytes(range(256)) * 400
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("lists") / "state"
-
-
-@pytest.fixture(scope="module")
-def service(state_dir: Path) -> Iterator[Daemon]:
-    with start_image_service(state_dir, **FETCHING) as daemon:
-        yield daemon
-
-
-@pytest.fixture(scope="module")
-def sources() -> Iterator[SourceServer]:
-    with start_source_server() as server:
-        yield server
+SERVICE_FLAGS = FETCHING
 
 
 @pytest.fixture

@@ -10,16 +10,10 @@ import pytest
 
 from tests.acceptance.daemons import Daemon, start_image_service
 from tests.acceptance.image_service_calls import FETCHING, fetch, sha256, stored_files, upload, wait_for
-from tests.fakes.source_server import Source, SourceServer, start_source_server
+from tests.fakes.source_server import Source, SourceServer
 from tests.waiting import wait_until
 
 DATA = bytes(range(256)) * 1000
-
-
-@pytest.fixture(scope="module")
-def sources() -> Iterator[SourceServer]:
-    with start_source_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

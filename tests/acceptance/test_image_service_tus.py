@@ -8,7 +8,6 @@ import hashlib
 import random
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,18 +20,8 @@ from tests.codec import samples
 from tests.waiting import wait_until
 
 DATA = random.Random(4).randbytes(3_000_000)
+SERVICE_FLAGS = {"image_size_max_bytes": 8 << 20, "upload_stall_timeout_s": 30.0}
 BODY = "application/offset+octet-stream"
-
-
-@pytest.fixture(scope="module")
-def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tus") / "state"
-
-
-@pytest.fixture(scope="module")
-def service(state_dir: Path) -> Iterator[Daemon]:
-    with start_image_service(state_dir, image_size_max_bytes=8 << 20, upload_stall_timeout_s=30.0) as daemon:
-        yield daemon
 
 
 def tus(service: Daemon, method: str, path: str, data: bytes | None = None, **headers: str) -> requests.Response:
