@@ -103,6 +103,7 @@ class Importer:
         self._now = now
         self._slots = asyncio.Semaphore(limits.fetches_max)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._endings: set[asyncio.Task[None]] = set()
         self._received: dict[str, int] = {}
         self._seen: dict[str, Inspection] = {}
         """What has looked at the bytes of a fetch so far: over its attempts nothing is looked at twice."""
@@ -136,10 +137,24 @@ class Importer:
             task.cancel()
             await settled(asyncio.wait([task]))
 
+    def drop(self, image_id: str) -> None:
+        """Another replica has deleted an image: end its fetch here, and remove what came after that replica had removed the rest."""
+        if image_id in self._tasks:
+            ending = asyncio.create_task(self._drop(image_id), name=f"drop {image_id}")
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    async def _drop(self, image_id: str) -> None:
+        await self.cancel(image_id)
+        try:
+            await settled(self._data(self._collector.forget, fetch_ref(image_id)))
+        except MistifyError as err:
+            log.warning("bytes of a deleted image are left to the collector: %s", err.message)
+
     async def park(self) -> None:
         """End every fetch so that the next start goes on where it was; no new one is accepted."""
         self._parked = True
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._endings]
         for task in tasks:
             task.cancel()
         if tasks:

@@ -7,6 +7,7 @@ after its bytes are durable under their digest. What a call acknowledged survive
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -36,6 +37,7 @@ from image_service.lifecycle import (
     set_pending,
 )
 from image_service.metadata import MetadataStore
+from image_service.news import LOOK_S, News
 from image_service.sources import SourcePolicy
 from image_service.spool import Pools, Spool, settled
 from imaging.blobs.base import BlobInfo, BlobStore
@@ -55,9 +57,6 @@ TWINS_SINGLY_MAX = 50
 
 OWED_MARK = "unfinished-1"
 """Every record is in the index of unfinished ones as it should be."""
-
-WATCH_INTERVAL_S = 0.25
-"""How often a record is looked at for whoever waits for it: a look takes some 50 us."""
 
 WATCHERS_MAX = 500
 """Callers that wait at once: together they look 2,000 times a second."""
@@ -91,6 +90,8 @@ class ImageService:
         self._data = pools.data
         self._now = now
         self._watchers = 0
+        self._news = News(records.engine)
+        self._news.on_deleted(importer.drop)
         self._parked = False
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -99,6 +100,7 @@ class ImageService:
         """Clear away what a crash left, and go on with every unfinished fetch that nobody is at."""
         await self._data(self._collector.recover)
         await self._offload(self._note_owed)
+        self._news.start()
         await self._importer.take_over()
 
     def _note_owed(self) -> None:
@@ -116,6 +118,7 @@ class ImageService:
     async def close(self) -> None:
         """Park what is unfinished."""
         self._parked = True
+        await self._news.close()
         await self._importer.park()
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -161,15 +164,24 @@ class ImageService:
         self._watchers += 1
         try:
             shown: Image | None = None
-            while not self._parked and (shown is None or shown.status in UNFINISHED):
-                image = await self.get(image_id)
-                if image != shown:
-                    yield image
-                shown = image
-                if image.status in UNFINISHED:
-                    await asyncio.sleep(WATCH_INTERVAL_S)
+            with self._news.listening(image_id) as changed:
+                while not self._parked and (shown is None or shown.status in UNFINISHED):
+                    changed.clear()
+                    image = await self.get(image_id)
+                    if image != shown:
+                        yield image
+                    shown = image
+                    if image.status in UNFINISHED:
+                        await self._wait(image, changed)
         finally:
             self._watchers -= 1
+
+    async def _wait(self, image: Image, changed: asyncio.Event) -> None:
+        """Until there is news. Of a fetch in this process there is some all the time: its size."""
+        here = self._importer.received_bytes(image.id) is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S if here else self._news.look_s):
+                await changed.wait()
 
     def _live(self, image: Image) -> Image:
         """The record with its size as of now, not as of the last checkpoint."""

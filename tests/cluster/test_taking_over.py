@@ -87,8 +87,8 @@ def test_image_deleted_at_one_replica_ends_its_fetch_at_the_other(site: Site, so
     source, image_id = _held_fetch(first, sources)
     second = site.replica("second")
     assert call(second, "DELETE", f"/images/{image_id}").status_code == 200
+    wait_until(lambda: first.metric("mistify_image_fetches") == 0, "the fetch to end, though its source says nothing")
     source.go.set()
-    wait_until(lambda: first.metric("mistify_image_fetches") == 0, "the fetch to end")
     for replica in (first, second):
         assert call(replica, "GET", f"/images/{image_id}").status_code == 404
     wait_until(lambda: list(site.bucket().list("ingest/")) == [], "the bytes to go")
@@ -104,3 +104,30 @@ def test_start_of_a_replica_leaves_what_others_are_at(site: Site, sources: Sourc
     source.go.set()
     assert wait_for(second, image_id, "complete")["digest"] == sha256(CONTENT)
     assert len(source.requests) == 1
+
+
+def test_whoever_waits_at_a_replica_that_does_not_fetch_is_told_the_end(site: Site, sources: SourceServer) -> None:
+    first = site.replica("first")
+    source, image_id = _held_fetch(first, sources)
+    second = site.replica("second")
+    with ThreadPoolExecutor(2) as pool:
+        waited = pool.submit(call, second, "GET", f"/images/{image_id}", headers={"Prefer": "wait=100"})
+        with call(second, "GET", f"/images/{image_id}/events", stream=True) as response:
+            lines = response.iter_lines()
+            assert next(lines) == b"event: downloading"
+            assert not waited.done()
+            source.go.set()
+            events = [line for line in lines if line.startswith(b"event: ")]
+        assert events[-1] == b"event: complete"
+        assert waited.result().json()["status"] == "complete"
+
+
+def test_whoever_waits_is_told_that_another_replica_deleted_the_image(site: Site, sources: SourceServer) -> None:
+    first = site.replica("first")
+    _, image_id = _held_fetch(first, sources)
+    second = site.replica("second")
+    with call(second, "GET", f"/images/{image_id}/events", stream=True) as response:
+        lines = response.iter_lines()
+        assert next(lines) == b"event: downloading"
+        assert call(first, "DELETE", f"/images/{image_id}").status_code == 200
+        assert [line for line in lines if line.startswith(b"event: ")][-1] == b"event: deleted"

@@ -24,6 +24,7 @@ import pytest
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import BadDataError, BusyError, InvalidArgumentError, NotFoundError, TooLargeError, UnavailableError
+from tests.contracts.blob_store_sharing import SharingContract
 
 Make = Callable[[], BlobStore]
 Damage = Callable[[Digest], None]
@@ -52,7 +53,7 @@ def read(store: BlobStore, digest: Digest, *, offset_bytes: int = 0, verify: boo
         return reader.read()
 
 
-class BlobStoreContract:
+class BlobStoreContract(SharingContract):
     """Subclass and give ``make`` and ``damage`` fixtures."""
 
     NO_GRACE_S = 0.0
