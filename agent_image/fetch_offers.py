@@ -92,6 +92,15 @@ class Offer:
     is_last: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What the offers for one attempt share."""
+
+    questions: ServiceQuestions
+    cancel: CancelToken
+    spool: Spool
+
+
 class Offers:
     """See the module's docstring; blocking."""
 
@@ -105,8 +114,8 @@ class Offers:
     def of(self, order: Wanted, cancel: CancelToken, spool: Spool) -> Iterator[Offer]:
         """The offers for an order, the last of which is always the bytes as they come. What arrives is kept in ``spool``."""
         url = self._server.url(order.id, order.source)
-        questions = ServiceQuestions(self._server, self._limits, cancel)
-        found = questions.find_image(url)
+        attempt = _Attempt(ServiceQuestions(self._server, self._limits, cancel), cancel, spool)
+        found = attempt.questions.find_image(url)
         facts: Mapping[str, str] = {}
         kind = ""
         if found is not None:
@@ -115,11 +124,10 @@ class Offers:
             if not order.digest:
                 for base_id, origin in self._bases(order.id, image):
                     form = Form(base_url, image.id, {"format": "zvol", "from": base_id})
-                    yield self._derived(form, image, questions, cancel, spool, origin)
+                    yield self._derived(form, image, attempt, origin)
                 if not _is_packed_raw(image):
-                    form = Form(base_url, image.id, {"format": "zvol"})
-                    yield self._derived(form, image, questions, cancel, spool)
-            yield self._chunked(Form(base_url, image.id, {}), image, questions, cancel, spool)
+                    yield self._derived(Form(base_url, image.id, {"format": "zvol"}), image, attempt)
+            yield self._chunked(Form(base_url, image.id, {}), image, attempt)
         headers = self._server.headers_for(url)
 
         def open_body() -> AbstractContextManager[Body]:
@@ -127,35 +135,27 @@ class Offers:
 
         yield Offer(url, open_body, kind=kind, facts=facts, is_last=True)
 
-    def _chunked(
-        self, form: Form, image: ServiceImage, questions: ServiceQuestions, cancel: CancelToken, spool: Spool
-    ) -> Offer:
+    def _chunked(self, form: Form, image: ServiceImage, attempt: _Attempt) -> Offer:
         headers = self._server.headers_for(form.download_url)
 
         def open_body() -> AbstractContextManager[Body]:
             try:
-                chunks = questions.get_chunks(form)
+                chunks = attempt.questions.get_chunks(form)
             except TooLargeError:  # too long a list to hold: then these bytes are verified as a whole
-                return HttpBody(form.download_url, self._limits, cancel, headers, spool)
+                return HttpBody(form.download_url, self._limits, attempt.cancel, headers, attempt.spool)
             if not form.query and str(chunks.digest) != image.digest:
                 raise ConflictError(
                     f"the chunks are of {chunks.digest}, the image is {image.digest}: {form.chunks_url}"
                 )
-            return ChunkedBody(form.download_url, chunks, self._limits, cancel, headers, self._budget, spool)
+            return ChunkedBody(
+                form.download_url, chunks, self._limits, attempt.cancel, headers, self._budget, attempt.spool
+            )
 
         guid = guid_of_disk(image.content_digest, image.virtual_size_bytes) if image.format == _RAW else None
         return Offer(form.image_url, open_body, kind=image.type, facts=_facts(image), guid=guid)
 
-    def _derived(
-        self,
-        form: Form,
-        image: ServiceImage,
-        questions: ServiceQuestions,
-        cancel: CancelToken,
-        spool: Spool,
-        origin: SnapshotName | None = None,
-    ) -> Offer:
-        stored = self._chunked(form, image, questions, cancel, spool)
+    def _derived(self, form: Form, image: ServiceImage, attempt: _Attempt, origin: SnapshotName | None = None) -> Offer:
+        stored = self._chunked(form, image, attempt)
         return replace(stored, origin=origin, digest=image.digest, guid=None)
 
     def _bases(self, image_id: str, image: ServiceImage) -> Sequence[tuple[str, SnapshotName]]:
