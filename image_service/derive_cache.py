@@ -22,6 +22,7 @@ import msgspec
 
 from image_service.derive_forms import Recipe
 from image_service.derive_work import DeriveLimits
+from image_service.replica import tolerant
 from imaging.blobs.base import BlobInfo
 from imaging.digests import Digest
 from imaging.errors import ConflictError, LeaseLostError, UnavailableError
@@ -70,7 +71,7 @@ class DerivedIndex:
 
     def find(self, recipe: Recipe) -> Derived | None:
         """The blob a recipe made, noted as used; None if it is not known."""
-        entry = self._store.get(PREFIX + recipe.key)
+        entry = tolerant(self._store).get(PREFIX + recipe.key)
         derived = _decode(entry) if entry else None
         if entry is None or derived is None:
             return None

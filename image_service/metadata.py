@@ -122,6 +122,7 @@ class MetadataStore:
         self._open_engine = open_engine
         self._engine: KeyValue | None = None
         self._replica: Replica | None = None
+        self._shown: MetadataStore | None = None
         self._opening = threading.Lock()
         self.lease_ttl_s = TTL_S
         """How long the work of a replica that says nothing is left to it."""
@@ -159,7 +160,9 @@ class MetadataStore:
     @property
     def shown(self) -> MetadataStore:
         """The records for those who only show them: in an outage they may be as old as what one node of the engine knows."""
-        return MetadataStore.over(tolerant(self._store))
+        if self._shown is None:
+            self._shown = MetadataStore.over(tolerant(self._store))
+        return self._shown
 
     @property
     def replica(self) -> Replica:

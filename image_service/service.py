@@ -155,7 +155,7 @@ class ImageService:
 
     async def get(self, image_id: str) -> Image:
         """The image; NotFoundError."""
-        return self._live(await self._offload(self._records.get_by_id, image_id))
+        return self._live(await self._offload(self._records.shown.get_by_id, image_id))
 
     async def watch(self, image_id: str) -> AsyncGenerator[Image, None]:
         """The image as it is, then whenever it has changed, until nothing more will come; NotFoundError, also when it is deleted."""
@@ -192,7 +192,7 @@ class ImageService:
 
     async def get_blob(self, image_id: str) -> tuple[Image, BlobInfo]:
         """A complete image and its blob; NotFoundError (``incomplete image``)."""
-        image = await self._offload(self._records.get_by_id, image_id)
+        image = await self._offload(self._records.shown.get_by_id, image_id)
         if image.status is not ImageStatus.COMPLETE:
             raise NotFoundError("incomplete image")
         return image, await self._data(self._blobs.info, image.blob)

@@ -58,12 +58,12 @@ class EtcdKeyValue:
     def __init__(self, settings: EtcdSettings) -> None:
         self.client = EtcdClient(settings)
         self._prefix = encode_text(settings.prefix, "prefix")
-        self._stale_lists = False
+        self._tolerant = False
 
     def tolerant(self) -> EtcdKeyValue:
-        """The same store for those who only show what is there: with ``stale_gets`` its lists fall back like its gets."""
+        """The same store for those who only show what is there: with ``stale_gets`` one node's knowledge is good enough in an outage."""
         view = copy.copy(self)
-        view._stale_lists = self.client.settings.stale_gets  # noqa: SLF001 - our own
+        view._tolerant = self.client.settings.stale_gets  # noqa: SLF001 - our own
         return view
 
     @property
@@ -82,13 +82,13 @@ class EtcdKeyValue:
     # -- reading ---------------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> Entry | None:
-        """See KeyValue. With ``stale_gets`` one node's knowledge is good enough while there is no leader."""
+        """See KeyValue."""
         check_key(key)
         with self.client.using():
             try:
                 return self._find(key)
             except UnavailableError:
-                if not self.client.settings.stale_gets:
+                if not self._tolerant:
                     raise
                 return self._find(key, serializable=True)
 
@@ -111,7 +111,7 @@ class EtcdKeyValue:
             try:
                 return [entry for page in self._pages(start, end, limit) for entry in page]
             except UnavailableError:
-                if not self._stale_lists:
+                if not self._tolerant:
                     raise
                 return [entry for page in self._pages(start, end, limit, serializable=True) for entry in page]
 

@@ -81,7 +81,7 @@ class EtcdSettings:
     user: str = ""
     password: str = ""
     stale_gets: bool = False
-    """Let ``get`` fall back to what one node knows when the cluster has no leader. It may be old."""
+    """Let the tolerant view of a store fall back to what one node knows when the cluster has no leader. It may be old."""
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
     write_timeout_s: float = WRITE_TIMEOUT_S

@@ -137,10 +137,14 @@ def test_quorum_lost_writes_are_unavailable_and_everything_recovers(
     with pytest.raises(UnavailableError):
         store.list()
     stale = EtcdSettings(settings.endpoints, prefix=settings.prefix, read_timeout_s=2.0, stale_gets=True)
-    with EtcdKeyValue(stale) as reader:
+    with EtcdKeyValue(stale) as strict:
+        reader = strict.tolerant()
         entry = reader.get("known")
         assert entry is not None
         assert entry.value in {b"value", b"other"}
+        assert [entry.key for entry in reader.list("known")] == ["known"]
+        with pytest.raises(UnavailableError):
+            strict.get("known")
     cluster.heal()
     _eventually_put(store, "known", b"new")
     entry = store.get("known")
