@@ -113,9 +113,14 @@ class Admission:
         try:
             self._admit(reservation, announced_bytes, received_bytes)
         except NoSpaceError:
-            if not self.reclaim(max(announced_bytes - received_bytes, 1)):
+            wanted_bytes = max(announced_bytes - received_bytes, 1)
+            if self._never_fits(wanted_bytes) or not self.reclaim(wanted_bytes):
                 raise
             self._admit(reservation, announced_bytes, received_bytes)
+
+    def _never_fits(self, wanted_bytes: int) -> bool:
+        """Whether nothing could be removed that would help."""
+        return 0 < self._limits.quota_bytes < wanted_bytes
 
     def _admit(self, reservation: Reservation, announced_bytes: int, received_bytes: int) -> None:
         wanted_bytes = max(announced_bytes - received_bytes, 0)
