@@ -19,6 +19,7 @@ from typing import Any
 import requests
 
 from demo.servers.processes import free_port
+from tests.acceptance import forked
 from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,14 +62,11 @@ class Daemon:
         self.log_path = log_path
         self.command = [sys.executable, "-m", module, *arguments]
         self.env = clean_environment(env)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: forked.Process | None = None
 
     def start(self, *, wait: bool = True) -> Daemon:
         """Start the process and wait until it is ready."""
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=self.env, cwd=ROOT
-            )
+        self.process = forked.start(self.command, self.env, self.log_path, ROOT)
         if wait:
             wait_until(self.is_ready, f"{self.command[2]} to be ready", timeout_s=START_TIMEOUT_S)
         return self

@@ -22,6 +22,7 @@ from demo.servers.processes import free_port
 from tests.acceptance.daemons import ROOT, RpcFailureError, clean_environment, new_agent, start_agent
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
+from tests.integration.zfs_pool import there
 from tests.waiting import wait_until
 
 RUN_TIMEOUT_S = 60
@@ -196,10 +197,12 @@ def test_restart_keeps_images_volumes_snapshots_and_clones(tmp_path: Path, drive
             assert [agent.call(method) for method in questions] == before
 
 
-def test_table_of_the_original_is_taken_over_once(tmp_path: Path, pool: str) -> None:
+def test_table_of_the_original_is_taken_over_once(
+    tmp_path: Path, driver: str, own_pool: str, old_table_directory: Path
+) -> None:
     """An image whose dataset carries no mark of ours, described only by the old table."""
-    state_dir = tmp_path / "state"
-    with start_agent(state_dir, driver="file", zpool=pool) as agent:
+    state_dir, pool = tmp_path / "state", own_pool
+    with start_agent(state_dir, driver=driver, zpool=pool) as agent:
         volume = agent.call("CreateVolume", id="images/old", size=2)["volumes"][0]
         with Path(volume["device"]).open("r+b") as device:
             device.write(b"old content")
@@ -215,13 +218,13 @@ def test_table_of_the_original_is_taken_over_once(tmp_path: Path, pool: str) -> 
     gone = {**old, "id": "gone", "volume": f"{pool}/images/gone", "snapshot": f"{pool}/images/gone@s"}
     rows = [(one["id"], "images", json.dumps(one)) for one in (old, gone)]
     rows += [("bad", "images", "{"), ("evil", "images", json.dumps(old | {"id": "../x"})), ("k", "other", "{}")]
-    with closing(sqlite3.connect(state_dir / ".images.db")) as table:
+    with closing(sqlite3.connect(old_table_directory / ".images.db")) as table:
         table.execute(
             "CREATE TABLE 'mistify-agent-image' (key TEXT, bucket TEXT, value BLOB, PRIMARY KEY (key, bucket))"
         )
         table.executemany("INSERT INTO 'mistify-agent-image' VALUES (?, ?, ?)", rows)
         table.commit()
-    with start_agent(state_dir, driver="file", zpool=pool) as agent:
+    with start_agent(state_dir, driver=driver, zpool=pool) as agent:
         images = agent.call("ListImages")["images"]
         assert [(one["id"], one["type"], one["size"], one["status"]) for one in images] == [
             ("old", "kvm", 2, "complete")
@@ -233,10 +236,10 @@ def test_table_of_the_original_is_taken_over_once(tmp_path: Path, pool: str) -> 
         assert agent.call("ListImages") == {"images": []}
 
 
-def test_leftovers_of_a_killed_agent_are_cleaned_at_start(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_agent_are_cleaned_at_start(tmp_path: Path, driver: str, own_pool: str) -> None:
     with FakeImageServer() as server:
         server.serve("img", disk(3, 4 * MIB), hang_after=3 * MIB)
-        agent = new_agent(tmp_path / "state", image_service=server.address)
+        agent = new_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool)
         agent.start()
         agent.call("RequestImage", id="img", wait=False)
         wait_until(
@@ -249,6 +252,8 @@ def test_leftovers_of_a_killed_agent_are_cleaned_at_start(tmp_path: Path) -> Non
             agent.call("DeleteImage", id="img")
             files = [path for path in (tmp_path / "state").rglob("*") if path.is_file() and path.stat().st_size > MIB]
             assert not files
+            if driver == "zfs":
+                assert there(own_pool) == [f"{own_pool}{rest}" for rest in ("", "/guests", "/images")]
         finally:
             agent.stop()
 

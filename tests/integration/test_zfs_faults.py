@@ -1,11 +1,10 @@
-"""What callers of the zfs driver see when something is in the way: holders, no space, no udev, no pool, sudden death."""
+"""What callers of the zfs driver see when something is in the way: holders, no space, no links, no pool."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,16 +20,11 @@ from imaging.errors import BusyError, NoSpaceError, UnavailableError
 from imaging.names import DatasetName, PoolName
 from tests.codec import samples
 from tests.contracts.storage_driver_tools import MIB, clear, make_volume, noise, read, receive, stream_of, take, write
-from tests.integration.zfs_pool import lab_pool, run, there
+from tests.integration.zfs_pool import lab_pool, made_pool, run, sparse_file, there
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("zfs")
 
-VOLUMES_AT_ONCE = 300
-DEATHS = int(os.environ.get("MISTIFY_DEATHS", "6"))
-LONG_TIMEOUT_S = 1200
-"""Under emulation on a busy machine each start of an interpreter takes ten seconds, each death several."""
-DEATH_TIMEOUT_S = 60.0
 DEVICE_TIMEOUT_S = 120.0
 SMALL_POOL_BYTES = 96 * MIB
 
@@ -124,43 +118,6 @@ def test_snapshot_that_is_being_sent_is_kept(driver: ZfsDriver, place: DatasetNa
 # -- devices -------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def no_udev() -> Iterator[None]:
-    """udev does nothing in the lab's virtual machine; elsewhere it is not ours to stop."""
-    if os.environ.get("MISTIFY_LAB_KIND") != "vm":
-        yield
-        return
-    run("udevadm", "settle", "--timeout=60")
-    run("udevadm", "control", "--stop-exec-queue")
-    try:
-        yield
-    finally:
-        run("udevadm", "control", "--start-exec-queue")
-
-
-@pytest.mark.timeout(LONG_TIMEOUT_S)
-def test_hundreds_of_volumes_without_udev_all_get_their_own_device(driver: ZfsDriver, tmp_path: Path) -> None:
-    """No links: each device must be found by asking the kernel whose it is."""
-    driver.close()
-    blind = ZfsDriver(driver.pool, link_directory=tmp_path / "no-links", link_timeout_s=0.0, device_busy_timeout_s=30.0)
-    blind.open()
-    place = driver.pool.root / "many"
-    blind.create_filesystem(place)
-    try:
-        with no_udev(), ThreadPoolExecutor(4) as executor:
-            names = [place / f"v{number}" for number in range(VOLUMES_AT_ONCE)]
-            made = [executor.submit(blind.create_volume, name, MIB, thin=True) for name in names]
-            paths = [executor.submit(blind.device, name, timeout_s=DEVICE_TIMEOUT_S) for name in names]
-            assert {future.result().name for future in made} == set(names)
-            found = [future.result() for future in paths]
-            assert [volume_of(path) for path in found] == [str(name) for name in names]
-            assert len(set(found)) == VOLUMES_AT_ONCE
-            blind.destroy(place, recursive=True)
-    finally:
-        blind.close()
-        driver.open()
-
-
 def test_device_of_a_renamed_volume_is_found_under_its_new_name(driver: ZfsDriver, place: DatasetName) -> None:
     make_volume(driver, place / "v")
     driver.device(place / "v")
@@ -199,16 +156,12 @@ def test_link_that_leads_elsewhere_is_not_believed(driver: ZfsDriver, place: Dat
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[ZfsDriver]:
-    """A pool of its own in a file."""
-    pool, disk = PoolName.parse(f"small{os.getpid()}"), tmp_path / "disk"
-    with disk.open("wb") as file:
-        file.truncate(SMALL_POOL_BYTES)
-    run("zpool", "create", "-f", "-o", "cachefile=none", "-O", "mountpoint=none", pool, disk)
-    driver = ZfsDriver(pool)
-    driver.open()
-    yield driver
-    driver.close()
-    run("zpool", "destroy", "-f", pool)
+    """A pool of its own in a file, which must be whole afterwards."""
+    with made_pool(f"small{os.getpid()}", sparse_file(tmp_path / "disk", SMALL_POOL_BYTES)) as pool:
+        driver = ZfsDriver(pool)
+        driver.open()
+        yield driver
+        driver.close()
 
 
 def test_pool_that_fills_up_in_mid_receive_is_as_before(
@@ -258,78 +211,3 @@ def _is_unavailable(driver: ZfsDriver, root: DatasetName) -> bool:
     except UnavailableError:
         return True
     return False
-
-
-# -- sudden death --------------------------------------------------------------------------------------------------------
-
-BUSY_AGENT = """
-import io, os, sys
-from agent_image.drivers.zfs import ZfsDriver
-from imaging.names import PoolName
-
-driver = ZfsDriver(PoolName.parse(sys.argv[1]))
-driver.open()
-place = driver.pool.root / sys.argv[2]
-stream = open(sys.argv[3], "rb").read()
-print("ready", flush=True)
-while True:
-    driver.receive((place / "v") @ "s", io.BytesIO(stream))
-    driver.clone((place / "v") @ "s", place / "c")
-    with driver.open_snapshot((place / "v") @ "s") as fd:
-        os.pread(fd, 8192, 0)
-    driver.destroy(place / "c")
-    driver.destroy(place / "v", recursive=True)
-"""
-
-
-@pytest.mark.timeout(LONG_TIMEOUT_S)
-def test_killed_at_any_moment_leaves_nothing_half_done(
-    driver: ZfsDriver, place: DatasetName, tmp_path: Path, checkout: Path
-) -> None:
-    seed = random.randrange(1 << 32)
-    chance = random.Random(seed)
-    make_volume(driver, place / "source")
-    write(driver, place / "source", 0, noise(1, MIB))
-    guid = take(driver, (place / "source") @ "s").guid
-    stream = tmp_path / "stream"
-    stream.write_bytes(stream_of(driver, (place / "source") @ "s"))
-    for _ in range(DEATHS):
-        driver.close()
-        _run_and_kill(driver.pool, place, stream, checkout, chance)
-        driver.open()
-        names = [line.removeprefix(f"{place}") for line in there(place)]
-        assert set(names) <= {"", "/source", "/source@s", "/v", "/v@s", "/c"}, f"seed {seed}: {names}"
-        assert ("/v" in names) == ("/v@s" in names) or "/c" not in names, f"seed {seed}: {names}"
-        if "/v@s" in names:
-            assert driver.get_snapshot((place / "v") @ "s").guid == guid
-        if "/c" in names:
-            driver.destroy(place / "c")
-        if "/v" in names:
-            driver.destroy(place / "v", recursive=True)
-
-
-def _run_and_kill(pool: PoolName, place: DatasetName, stream: Path, checkout: Path, chance: random.Random) -> None:
-    command = [sys.executable, "-c", BUSY_AGENT, str(pool), place.leaf, str(stream)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=checkout)
-    assert process.stdout is not None
-    with process.stdout as output:
-        try:
-            assert output.readline() == b"ready\n"
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(chance.random() * 2.0)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            _wait_for_end(process)
-
-
-def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(DEATH_TIMEOUT_S)
-    except subprocess.TimeoutExpired as err:
-        raise AssertionError(f"the killed process does not end:\n{_kernel_stacks(process.pid)}") from err
-
-
-def _kernel_stacks(process: int) -> str:
-    """Where in the kernel the threads of a process wait."""
-    tasks = sorted(Path(f"/proc/{process}/task").iterdir())
-    return "\n".join(f"{task.name} {(task / 'comm').read_text()}{(task / 'stack').read_text()}" for task in tasks)

@@ -1,9 +1,12 @@
-"""The real pool of the ZFS lab, for tests: run them with tests/lab/test-zfs."""
+"""Real pools for tests: the one the ZFS lab made, and small ones of a test's own. Run them with tests/lab/test-zfs."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,35 @@ def run(*command: object, check: bool = True) -> str:
     return done.stdout
 
 
-def there(root: DatasetName | PoolName) -> list[str]:
+def there(root: DatasetName | PoolName | str) -> list[str]:
     """Everything below ``root`` as ZFS itself lists it, hidden datasets included."""
     return run("zfs", "list", "-H", "-r", "-t", "all", "-o", "name", root).splitlines()
+
+
+def sparse_file(path: Path, size_bytes: int) -> Path:
+    """A file that takes no space yet, to be a pool's disk."""
+    with path.open("wb") as file:
+        file.truncate(size_bytes)
+    return path
+
+
+@contextmanager
+def made_pool(name: str, disk: Path) -> Iterator[PoolName]:
+    """A pool on ``disk`` for the block. At its end it is scrubbed, and must be whole: nothing a test does may damage it.
+
+    A file is removed then: in the lab it lies in memory.
+    """
+    run("zpool", "create", "-f", "-o", "cachefile=none", "-O", "mountpoint=none", name, disk)
+    try:
+        yield PoolName.parse(name)
+        assert_whole(name)
+    finally:
+        run("zpool", "destroy", "-f", name)
+        if disk.is_file():
+            disk.unlink()
+
+
+def assert_whole(pool: PoolName | str) -> None:
+    """Read everything in the pool: no checksum error anywhere."""
+    run("zpool", "scrub", "-w", pool)
+    assert "No known data errors" in run("zpool", "status", pool)

@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--accel", choices=["auto", "kvm", "tcg", "icount"], default="auto", help="default: %(default)s"
     )
-    parser.add_argument("--memory-mib", type=int, default=4096, help="guest memory, default %(default)s")
+    parser.add_argument("--memory-mib", type=int, default=6144, help="guest memory, default %(default)s")
     parser.add_argument("--cpus", type=int, default=2, help="guest processors, default %(default)s")
     parser.add_argument("--disk-gib", type=int, default=16, help="sparse disk of the pool, default %(default)s")
     parser.add_argument("--pool", default=f"lab{os.getpid()}", help="name of the pool, default labPID")
