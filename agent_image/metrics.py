@@ -22,7 +22,7 @@ class AgentMetrics:
         self._fetch_seconds = Histogram(
             "mistify_fetch_seconds", "Time of a fetch", buckets=FETCH_BUCKETS_S, registry=None
         )
-        self._bytes = Counter("mistify_fetched_bytes", "Bytes received from image servers", registry=None)
+        self._bytes = Counter("mistify_fetched_bytes", "Bytes of images read, from servers or from what was kept of an earlier attempt", registry=None)
         self._sends = Counter("mistify_snapshot_downloads", "Snapshots sent", ("outcome",), registry=None)
         self._driver = Histogram(
             "mistify_driver_seconds",
@@ -54,7 +54,7 @@ class AgentMetrics:
         self._retries.labels(code).inc()
 
     def received(self, size_bytes: int) -> None:
-        """Bytes came from an image server."""
+        """Bytes of an image came in."""
         self._bytes.inc(size_bytes)
 
     def sent(self, outcome: str) -> None:

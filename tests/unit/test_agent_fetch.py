@@ -158,6 +158,18 @@ async def test_fetch_redirect_is_followed(world: World, server: FakeImageServer)
     assert await fetch(world) == BODY
 
 
+async def test_fetch_redirected_elsewhere_does_not_take_the_token_there(
+    tmp_path: Path, server: FakeImageServer
+) -> None:
+    with FakeImageServer() as other:
+        server.serve("img", redirect=other.serve("/mirror/img", BODY))
+        async with open_world(tmp_path / "state", server, image_service_token="sesame") as world:
+            assert await fetch(world) == BODY
+        [asked] = other.seen_headers
+    assert "sesame" not in str(asked)
+    assert all(headers["Authorization"] == "Bearer sesame" for headers in server.seen_headers)
+
+
 async def test_fetch_of_unknown_length_grows_the_volume(world: World, server: FakeImageServer) -> None:
     body = disk(3, 150 * MIB + 512)
     server.serve("img", body, without_length=True)
