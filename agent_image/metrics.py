@@ -22,7 +22,9 @@ class AgentMetrics:
         self._fetch_seconds = Histogram(
             "mistify_fetch_seconds", "Time of a fetch", buckets=FETCH_BUCKETS_S, registry=None
         )
-        self._bytes = Counter("mistify_fetched_bytes", "Bytes of images read, from servers or from what was kept of an earlier attempt", registry=None)
+        self._bytes = Counter(
+            "mistify_fetched_bytes", "Bytes of images, from servers or kept of an earlier attempt", registry=None
+        )
         self._sends = Counter("mistify_snapshot_downloads", "Snapshots sent", ("outcome",), registry=None)
         self._driver = Histogram(
             "mistify_driver_seconds",
