@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
 from image_service.lifecycle import UNFINISHED, Image
@@ -21,7 +21,7 @@ from image_service.metadata import MetadataStore
 from image_service.replica import Replica
 from imaging.blobs.base import BlobStore, CollectReport
 from imaging.digests import Digest
-from imaging.errors import BusyError, LeaseLostError, MistifyError, NotFoundError
+from imaging.errors import BusyError, LeaseLostError, MistifyError, NotFoundError, UnavailableError
 from imaging.kv.leases import Fence
 
 GRACE_S = 3600.0
@@ -41,10 +41,22 @@ TUS_PREFIX = "tus-"
 COLLECT_TURN = "collect"
 """One process collects at a time."""
 
+UNSURE_S = 600.0
+"""How long a blob waits for a record that may yet come: etcd gives up a change within seconds."""
+
 SESSION_MARK = "@"
 """In a ref: what follows is the session it lives and dies with."""
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def logged(what: str) -> Iterator[None]:
+    """For steps after which the call has succeeded or failed already."""
+    try:
+        yield
+    except MistifyError as err:
+        log.warning("%s: %s", what, err.message)
 
 
 def fetch_ref(image_id: str) -> str:
@@ -110,16 +122,22 @@ class Collector:
     def publish(self, lease: str, digest: Digest, record: Callable[[], None]) -> None:
         """Let a record name a blob that was just committed under a lease, and end the lease.
 
-        If ``record`` fails the blob goes, unless somebody else needs it; if the turn was over, the lease may be another's by now.
+        If ``record`` fails the blob goes, unless somebody else needs it. If the turn was over, the lease may be another's by now. If nobody
+        can tell whether it failed, the record may be there any moment: then the blob stays for a while.
         """
         try:
             record()
         except LeaseLostError:
             raise
+        except UnavailableError:
+            with logged("a blob whose record may come is not protected"):
+                self._blobs.lease(f"unsure-{digest.hex}", [digest], ttl_s=UNSURE_S)
+            raise
         except MistifyError:
             self.discard(lease, digest)
             raise
-        self._blobs.release(lease)
+        with logged("a lease ends by itself"):
+            self._blobs.release(lease)
 
     def discard(self, lease: str, digest: Digest) -> None:
         """A blob was committed under a lease, and no record shall name it."""
@@ -153,6 +171,13 @@ class Collector:
     def is_shown(self, digest: Digest) -> bool:
         """As :meth:`is_named`, for those who only read: good enough in an outage."""
         return self._records.shown.needs(digest) or self.is_named(digest)
+
+    def clear(self, ref: str, digest: Digest | None = None) -> None:
+        """As :meth:`forget` and :meth:`drop`, after something that stands whatever becomes of the bytes: a collection does what fails."""
+        with logged("bytes are left to the collector"):
+            self.forget(ref)
+            if digest is not None:
+                self.drop(digest)
 
     def forget(self, ref: str) -> None:
         """Remove an ingest and its lease; absent is fine."""

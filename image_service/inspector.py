@@ -24,7 +24,14 @@ from image_service.lifecycle import Details, Image, ImageStatus, ImageType, fact
 from image_service.metadata import MetadataStore
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
-from imaging.errors import BadDataError, InvalidArgumentError, LeaseLostError, MistifyError, TooLargeError
+from imaging.errors import (
+    BadDataError,
+    InvalidArgumentError,
+    LeaseLostError,
+    MistifyError,
+    TooLargeError,
+    UnavailableError,
+)
 
 INSPECTIONS_MAX = 16
 """At once, while bytes come in: a decoder may hold 128 MiB. Further images are read when they are stored."""
@@ -79,11 +86,14 @@ class Inspector:
         inspection: Inspection | None,
         record: Callable[[Facts], None],
     ) -> None:
-        """Look to the end at a blob committed under a lease, then let ``record`` name it. If either fails, the blob goes."""
+        """Look to the end at a blob committed under a lease, then let ``record`` name it.
+
+        If either fails, the blob goes; but not if the turn was over, or something is down: then whoever tries again goes on with it.
+        """
         try:
             self._blobs.lease(lease, ttl_s=LOOK_TTL_S)
             facts = self.conclude(image, info, inspection)
-        except LeaseLostError:
+        except (LeaseLostError, UnavailableError):
             raise
         except MistifyError:
             self._collector.discard(lease, info.digest)

@@ -57,8 +57,11 @@ class Replica:
 
         Asked before long work, so that it is refused at once and not at its end.
         """
+        known = self._session
+        if known is not None and not known.is_lost and self._is_there(known):
+            return known
         with self._lock:
-            if self._session is None or self._session.is_lost or not self._is_there(self._session):
+            if self._session is None or self._session is known:
                 self._session = self._leases.acquire(
                     f"{SESSIONS}{self.id}-{uuid.uuid4().hex[:ID_CHARS]}", ttl_s=self.ttl_s
                 )

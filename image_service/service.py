@@ -264,7 +264,7 @@ class ImageService:
         except LeaseLostError as err:
             raise UnavailableError("the upload was paused for too long; send it again") from err
         finally:
-            await settled(self._data(self._collector.forget, ref))
+            await settled(self._data(self._collector.clear, ref))
 
     async def _publish(self, image: Image, turn: Fence, spool: Spool, digest: Digest | None, size_bytes: int) -> Image:
         info = await spool.commit(digest=digest, size_bytes=None if size_bytes == UNKNOWN_SIZE else size_bytes)
@@ -286,9 +286,7 @@ class ImageService:
 
     async def _clear(self, image: Image) -> None:
         await self._importer.cancel(image.id)
-        await self._data(self._collector.forget, fetch_ref(image.id))
-        if image.digest:
-            await self._data(self._collector.drop, image.blob)
+        await self._data(self._collector.clear, fetch_ref(image.id), image.blob if image.digest else None)
 
 
 def check_expected(expected: Expected) -> Expected:

@@ -16,6 +16,7 @@ from image_service.lifecycle import Image
 from image_service.said import parse_size
 from image_service.scrubbing import Scrubber
 from image_service.spool import Pools, settled
+from image_service.turns import turn_at
 from image_service.uploads import Uploads
 from imaging.errors import BusyError, InvalidArgumentError, MistifyError
 
@@ -58,8 +59,9 @@ class Upkeep:
     async def catch_up(self) -> None:
         """Look at complete images nobody has looked at, one after the other."""
         try:
-            for image in await self._data(self._inspector.unseen):
-                await settled(self._data(self._catch_up, image))
+            async with turn_at("catch-up", self._collector.replica, self._data) as turn:
+                for image in await self._data(self._inspector.unseen) if turn is not None else ():
+                    await settled(self._data(self._catch_up, image))
         except MistifyError:
             log.exception("can't look at what was stored before")
 

@@ -107,6 +107,10 @@ class UploadRecords:
         """Say that this turn is waited for."""
         self._records.engine.transact([Put(ASKS + turn_name, b"")])
 
+    def unask(self, turn_name: str) -> None:
+        """The turn was got; whoever else waits asks again."""
+        self._records.engine.transact([Delete(ASKS + turn_name)])
+
     def asked(self) -> Sequence[tuple[str, Compare]]:
         """Turns somebody waits for, each with what is to be said to :meth:`heard`."""
         entries = self._records.engine.list(ASKS)

@@ -283,13 +283,16 @@ class Uploads:
             return
         if session.spool is not None:  # of a turn that was lost
             await self._shut(session)
-        deadline = time.monotonic() + wait_s
+        deadline, asked = time.monotonic() + wait_s, False
         while (turn := await find_turn(session.ref, self._records.replica, self._offload)) is None:
             if time.monotonic() >= deadline:
                 raise BusyError("another part of this upload is being written", [session.upload.image.id])
             await self._offload(self._records.ask, session.ref)
+            asked = True
             await asyncio.sleep(ASK_INTERVAL_S)
         session.turn = turn
+        if asked:
+            await self._offload(self._records.unask, session.ref)
         upload = await self._offload(self._records.find, session.upload.image.id)
         if upload is None:
             await self._release(session)
