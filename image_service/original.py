@@ -39,6 +39,7 @@ from imaging.errors import (
     MistifyError,
     from_os_error,
 )
+from imaging.kv.sqlite import from_sqlite_error
 from imaging.names import ImageId
 
 BUCKET = "images"
@@ -87,14 +88,16 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=READ_TIMEOUT_S)
     except sqlite3.Error as err:
-        raise BadDataError(f"the metadata file {path} can't be opened") from err
+        raise from_sqlite_error(err, f"the metadata file {path} can't be opened") from err
 
 
 def _rows(database: sqlite3.Connection, query: str, *values: str) -> list[tuple[Any, ...]]:
     try:
         return database.execute(query, values).fetchall()
     except sqlite3.Error as err:
-        raise BadDataError("the original's metadata file is damaged") from err
+        damaged = isinstance(from_sqlite_error(err, ""), BadDataError)
+        what = "the original's metadata file is damaged" if damaged else f"the metadata file can't be read ({err})"
+        raise from_sqlite_error(err, what) from err
 
 
 def _tables(database: sqlite3.Connection) -> list[str]:

@@ -249,3 +249,18 @@ def test_damaged_file_of_the_original_stops_the_start(tmp_path: Path) -> None:
         database.commit()
     path = _write(tmp_path / "config.json", _original_config(tmp_path))
     assert "damaged" in _refused("-c", path, "-a", "0")
+
+
+def test_file_that_can_not_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    """As on a file system that is read-only: sqlite finds no room for what it needs beside the file."""
+    path = tmp_path / "records.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("CREATE TABLE records (key TEXT)")
+    (tmp_path / "records.db-wal").mkdir()
+    config = {"metadataStoreType": "kvite", "metadataStoreConfig": {"filename": str(path)}}
+    refused = _refused(
+        "-c", _write(tmp_path / "config.json", config), "-a", "0", "--state-dir", str(tmp_path / "state")
+    )
+    assert "can't be read" in refused
+    assert "damaged" not in refused
