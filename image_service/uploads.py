@@ -17,13 +17,11 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 
 import msgspec
 
-from image_service.admission import Reservation
 from image_service.bodies import Piece
 from image_service.collector import TUS_PREFIX, Collector
 from image_service.facts import Facts
@@ -36,6 +34,7 @@ from image_service.service import check_expected
 from image_service.spool import Pools, Spool, find_committed, settled
 from image_service.turns import find_turn
 from image_service.upload_records import Upload, UploadRecords
+from image_service.upload_session import Session, check_end, free
 from imaging.blobs.base import BlobInfo, BlobStore
 from imaging.digests import Digest
 from imaging.errors import (
@@ -50,10 +49,6 @@ from imaging.errors import (
     TooLargeError,
     UnavailableError,
 )
-from imaging.kv.leases import Fence
-
-LAST_MOMENT_S = 1.0
-"""A part that has ended is seen a moment before it is out of the way."""
 
 GIVE_INTERVAL_S = 0.5
 """How often to look for somebody who waits for a turn that is held idly: one short call."""
@@ -82,34 +77,6 @@ class UploadLimits:
     """Without a part for so long an upload is given up: a day covers every outage and the night."""
 
 
-@dataclass(slots=True)
-class _Session:
-    """An upload as this process knows it. Without the turn that is what it was some time ago."""
-
-    upload: Upload
-    offset_bytes: int = 0
-    turn: Fence | None = None
-    room: Reservation | None = None
-    spool: Spool | None = None
-    used_s: float = 0.0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def ref(self) -> str:
-        """The ingest's name, and its lease's."""
-        return self.upload.ref
-
-    @property
-    def has_turn(self) -> bool:
-        """Whether nobody else writes it, as far as we know."""
-        return self.turn is not None and not self.turn.is_lost
-
-    @property
-    def whole(self) -> bool:
-        """Whether every byte is here."""
-        return self.offset_bytes == self.upload.length_bytes
-
-
 class Uploads:
     """See the module's docstring. Lives on one event loop: ``start``, use, ``close``."""
 
@@ -135,7 +102,7 @@ class Uploads:
         self._limits = limits
         self._now = now
         self._clock = clock
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._parked = False
         collector.add_refs(self._records.is_wanted)
@@ -146,7 +113,7 @@ class Uploads:
         """Take up what was under way at the last stop; what is whole and nobody's becomes an image."""
         held = await self._offload(self._records.replica.held, TUS_PREFIX)
         for upload in await self._offload(self._records.list):
-            session = _Session(upload)
+            session = Session(upload)
             session.offset_bytes = await self._stored(session)
             self._sessions[upload.image.id] = session
             await self._reserve_again(session)
@@ -155,7 +122,7 @@ class Uploads:
                 self._finishing.add(task)
                 task.add_done_callback(self._finishing.discard)
 
-    async def _stored(self, session: _Session) -> int:
+    async def _stored(self, session: Session) -> int:
         """How much of it is durable."""
         info = await self._data(self._blobs.find_ingest, session.ref)
         if info is not None:
@@ -163,7 +130,7 @@ class Uploads:
         committed = await self._data(find_committed, self._blobs, session.ref)
         return 0 if committed is None else committed.size_bytes
 
-    async def _reserve_again(self, session: _Session) -> None:
+    async def _reserve_again(self, session: Session) -> None:
         try:
             session.room = await self._offload(self._admission.reserve, session.ref, 0)
             announce = session.room.announce
@@ -171,7 +138,7 @@ class Uploads:
         except NoSpaceError as err:
             log.warning("no room for the rest of an upload: %s", err.message, extra={"ref": session.ref})
 
-    async def _finish_alone(self, session: _Session) -> None:
+    async def _finish_alone(self, session: Session) -> None:
         try:
             async with session.lock:
                 await self._own(session, wait_s=0)
@@ -190,7 +157,7 @@ class Uploads:
     async def expire(self) -> None:
         """Give up uploads that got no part for too long."""
         for upload in await self._offload(self._records.list):
-            session = self._sessions.setdefault(upload.image.id, _Session(upload))
+            session = self._sessions.setdefault(upload.image.id, Session(upload))
             if upload.expires_s > self._clock() or session.lock.locked():
                 continue
             async with session.lock:
@@ -249,7 +216,7 @@ class Uploads:
         image = new_upload(str(uuid.uuid4()), image_type, details, check_expected(expected), now=self._now())
         expires_s = self._clock() + self._limits.expiry_s
         upload = Upload(image=image, length_bytes=length_bytes, metadata=metadata, expires_s=expires_s)
-        session = _Session(upload)
+        session = Session(upload)
         session.room = await self._offload(self._admission.reserve, session.ref, length_bytes)
         try:
             await settled(self._offload(self._records.add, upload))
@@ -259,7 +226,7 @@ class Uploads:
         self._sessions[image.id] = session
         return upload
 
-    async def _get(self, upload_id: str) -> _Session:
+    async def _get(self, upload_id: str) -> Session:
         """The upload as it is now; NotFoundError."""
         session = self._sessions.get(upload_id)
         if self._parked:
@@ -271,12 +238,12 @@ class Uploads:
             if session is not None:
                 self._forget(session)
             raise NotFoundError("not found")
-        session = self._sessions.setdefault(upload_id, _Session(upload))
+        session = self._sessions.setdefault(upload_id, Session(upload))
         if not session.has_turn:
             session.upload, session.offset_bytes = upload, upload.offset_bytes
         return session
 
-    async def _own(self, session: _Session, *, wait_s: float) -> None:
+    async def _own(self, session: Session, *, wait_s: float) -> None:
         """Have the turn at an upload (called with its lock); BusyError, NotFoundError if it has ended meanwhile."""
         await self._offload(self._records.replica.session)  # refuses at once what could not be written down
         if session.has_turn:
@@ -300,12 +267,12 @@ class Uploads:
             raise NotFoundError("not found")
         session.upload, session.offset_bytes = upload, await self._stored(session)
 
-    async def _release(self, session: _Session) -> None:
+    async def _release(self, session: Session) -> None:
         turn, session.turn = session.turn, None
         if turn is not None:
             await settled(self._offload(turn.release))
 
-    def _forget(self, session: _Session) -> None:
+    def _forget(self, session: Session) -> None:
         self._sessions.pop(session.upload.image.id, None)
         if session.room is not None:
             session.room.end()
@@ -335,7 +302,7 @@ class Uploads:
         TooLargeError if the bytes are no image (the upload is gone then). Whatever else goes wrong keeps what came in.
         """
         session = await self._get(upload_id)
-        async with _free(session):
+        async with free(session):
             try:
                 await self._own(session, wait_s=self._wait_s)
                 return await self._append(session, offset_bytes, chunks)
@@ -343,7 +310,7 @@ class Uploads:
                 await self._shut(session)
                 raise UnavailableError("the upload was paused for too long; ask where it is and go on") from err
 
-    async def _append(self, session: _Session, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
+    async def _append(self, session: Session, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
         if offset_bytes != session.offset_bytes:
             raise ConflictError(f"the upload is at {session.offset_bytes}, not at {offset_bytes}")
         await self._open(session)
@@ -361,7 +328,7 @@ class Uploads:
 
     # -- one part ----------------------------------------------------------------------------------------------------
 
-    async def _open(self, session: _Session) -> None:
+    async def _open(self, session: Session) -> None:
         session.used_s = time.monotonic()
         if session.spool is not None:
             return
@@ -383,11 +350,11 @@ class Uploads:
         if len(idle) >= self._limits.open_max:
             await self._shut(min(idle, key=lambda one: one.used_s))
 
-    async def _take(self, session: _Session, chunks: AsyncIterator[Piece]) -> None:
+    async def _take(self, session: Session, chunks: AsyncIterator[Piece]) -> None:
         assert session.spool is not None
         try:
             async for chunk in chunks:
-                _check_end(session.upload, session.spool.offset_bytes + len(chunk))
+                check_end(session.upload, session.spool.offset_bytes + len(chunk))
                 await session.spool.write(chunk)
         except (BadDataError, TooLargeError):
             await settled(self._remove(session))
@@ -397,7 +364,7 @@ class Uploads:
             raise
         await settled(self._keep(session))
 
-    async def _keep(self, session: _Session) -> None:
+    async def _keep(self, session: Session) -> None:
         """Make durable what came in. If that fails, what is durable counts."""
         assert session.spool is not None
         try:
@@ -410,7 +377,7 @@ class Uploads:
             await self._shut(session)
             raise
 
-    async def _note(self, session: _Session) -> None:
+    async def _note(self, session: Session) -> None:
         """Write down how far it is, and let it live longer."""
         assert session.turn is not None
         session.upload = msgspec.structs.replace(
@@ -419,7 +386,7 @@ class Uploads:
         await self._offload(self._records.save, session.upload, session.turn)
         await self._data(self._blobs.lease, session.ref, ttl_s=self._limits.expiry_s)
 
-    async def _shut(self, session: _Session) -> None:
+    async def _shut(self, session: Session) -> None:
         """Let go of the ingest, then of the turn; a part that is being written is waited for by the ingest itself."""
         spool, session.spool = session.spool, None
         try:
@@ -433,7 +400,7 @@ class Uploads:
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
-    async def _finish(self, session: _Session) -> None:
+    async def _finish(self, session: Session) -> None:
         """All bytes are here: an image, or nothing."""
         if await self._offload(self._records.is_image, session.upload):
             await settled(self._remove(session))  # a crash came between the two
@@ -450,7 +417,7 @@ class Uploads:
             await settled(self._remove(session))
             raise
 
-    async def _publish(self, session: _Session) -> None:
+    async def _publish(self, session: Session) -> None:
         spool, image = session.spool, session.upload.image
         assert spool is not None
         wanted = Digest.parse(image.expected_digest) if image.expected_digest else None
@@ -458,7 +425,7 @@ class Uploads:
         session.spool = None
         await self._look(session, info, spool.inspection)
 
-    async def _look(self, session: _Session, info: BlobInfo, inspection: Inspection | None) -> None:
+    async def _look(self, session: Session, info: BlobInfo, inspection: Inspection | None) -> None:
         """The bytes are stored: find out to the end what they are, and make an image of them."""
         image, turn = session.upload.image, session.turn
         assert turn is not None
@@ -470,7 +437,7 @@ class Uploads:
         await self._data(self._inspector.publish, session.ref, image, info, inspection, record)
         await self._remove(session)
 
-    async def _remove(self, session: _Session) -> None:
+    async def _remove(self, session: Session) -> None:
         """Forget the upload and its bytes, if it has any left."""
         assert session.turn is not None
         await self._offload(self._records.remove, session.upload, session.turn)  # first: it tells whose the bytes are
@@ -480,22 +447,3 @@ class Uploads:
         await self._data(self._collector.forget, session.ref)
         await self._release(session)
         self._forget(session)
-
-
-@asynccontextmanager
-async def _free(session: _Session) -> AsyncIterator[None]:
-    """Hold the session's lock; BusyError if somebody else does, and not only for its last moment."""
-    try:
-        async with asyncio.timeout(LAST_MOMENT_S):
-            await session.lock.acquire()
-    except TimeoutError as err:
-        raise BusyError("another part of this upload is being written", [session.upload.image.id]) from err
-    try:
-        yield
-    finally:
-        session.lock.release()
-
-
-def _check_end(upload: Upload, end_bytes: int) -> None:
-    if end_bytes > upload.length_bytes:
-        raise InvalidArgumentError(f"more than the {upload.length_bytes} bytes of the upload")
