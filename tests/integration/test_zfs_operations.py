@@ -46,8 +46,19 @@ def test_volume_is_as_the_zfs_program_would_have_made_it(
 ) -> None:
     driver.create_volume(place / "ours", 24 * MIB, thin=kind == "thin", volblocksize_bytes=block_bytes)
     sparse = ["-s"] if kind == "thin" else []
-    run("zfs", "create", *sparse, "-V", 24 * MIB, "-o", f"volblocksize={block_bytes}", place / "theirs")
-    names = ("volsize", "volblocksize", "refreservation", "reservation")
+    run(
+        "zfs",
+        "create",
+        *sparse,
+        "-V",
+        24 * MIB,
+        "-o",
+        f"volblocksize={block_bytes}",
+        "-o",
+        "compression=lz4",
+        place / "theirs",
+    )
+    names = ("volsize", "volblocksize", "refreservation", "reservation", "compression")
     assert value(place / "ours", *names) == value(place / "theirs", *names)
 
 

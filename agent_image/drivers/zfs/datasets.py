@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 BUSY_POLL_S = 0.05
 SEND_TAG_PREFIX = "mistify.send:"
 """Holds of running sends."""
+COMPRESSION_LZ4 = 15
+"""ZIO_COMPRESS_LZ4; what new volumes always had, whatever the pool's default is."""
 SHOWN_MAX = 5
 """Dependants a message names; the error carries all."""
 
@@ -68,11 +70,12 @@ class ZfsDatasets(ZfsCore):
         properties: Mapping[str, str] | None = None,
         parents: bool = False,
     ) -> DatasetInfo:
-        """Create a volume; a thick one reserves its size and what its block pointers need."""
+        """Create a volume, compressed; a thick one reserves its size and what its block pointers need."""
         block_bytes = check_volblocksize(volblocksize_bytes or self._volblocksize_default_bytes)
         size_bytes = round_up(size_bytes, block_bytes, name)
         changes = check(user_properties(properties), is_volume=True)
-        values = changes.for_creation() | {"volsize": size_bytes, "volblocksize": block_bytes}
+        fixed = {"volsize": size_bytes, "volblocksize": block_bytes, "compression": COMPRESSION_LZ4}
+        values = changes.for_creation() | fixed
         if not thin:
             values["refreservation"] = reservation(size_bytes, block_bytes)
         with self._place(name, parents=parents):
