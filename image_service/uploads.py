@@ -17,6 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -290,10 +291,20 @@ class Uploads:
         if session.whole:
             async with session.lock:
                 if upload_id in self._sessions:
-                    await self._own(session, wait_s=self._wait_s)
-                    if session.whole:
-                        await self._finish(session)
+                    async with self._owned(session):
+                        if session.whole:
+                            await self._finish(session)
         return session.upload, session.offset_bytes
+
+    @asynccontextmanager
+    async def _owned(self, session: Session) -> AsyncIterator[None]:
+        """Hold the turn at an upload; UnavailableError if it is lost meanwhile. With the session's lock held."""
+        try:
+            await self._own(session, wait_s=self._wait_s)
+            yield
+        except LeaseLostError as err:
+            await self._shut(session)
+            raise UnavailableError("the upload was paused for too long; ask where it is and go on") from err
 
     async def append(self, upload_id: str, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
         """Add a part; the new offset, durable. With the last byte the upload has become an image when the call returns.
@@ -302,13 +313,8 @@ class Uploads:
         TooLargeError if the bytes are no image (the upload is gone then). Whatever else goes wrong keeps what came in.
         """
         session = await self._get(upload_id)
-        async with free(session):
-            try:
-                await self._own(session, wait_s=self._wait_s)
-                return await self._append(session, offset_bytes, chunks)
-            except LeaseLostError as err:
-                await self._shut(session)
-                raise UnavailableError("the upload was paused for too long; ask where it is and go on") from err
+        async with free(session), self._owned(session):
+            return await self._append(session, offset_bytes, chunks)
 
     async def _append(self, session: Session, offset_bytes: int, chunks: AsyncIterator[Piece]) -> tuple[Upload, int]:
         if offset_bytes != session.offset_bytes:

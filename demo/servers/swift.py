@@ -51,6 +51,9 @@ devices = {directory}/devices
 mount_check = false
 fallocate_reserve = 0
 log_address = {directory}/no-syslog
+# Patient, as a busy machine needs it; and an object is in its listing before its PUT is answered: nobody runs Swift's updater here.
+conn_timeout = 10
+container_update_timeout = 60
 [pipeline:main]
 pipeline = {kind}-server
 [app:{kind}-server]
@@ -70,8 +73,11 @@ pipeline = catch_errors gatekeeper healthcheck listing_formats cache s3api tempa
 [app:proxy-server]
 use = egg:swift#proxy
 account_autocreate = true
-# A storage server that was down is asked again at once, not after a minute.
+# A storage server that was down, or slow, is asked again at once: there is no other one.
 error_suppression_interval = 1
+error_suppression_limit = 1000000
+conn_timeout = 10
+node_timeout = 30
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
