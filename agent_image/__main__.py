@@ -20,6 +20,7 @@ from agent_image.config import (
     DEFAULT_POOL,
     DEFAULT_PORT,
     DRIVER_AUTO,
+    VOLBLOCKSIZE_DEFAULT_BYTES,
     AgentSettings,
     choose_driver,
     default_fetchers,
@@ -72,6 +73,12 @@ def _version() -> str:
 )
 @click.option(
     "--fetchers", type=click.IntRange(1, 64), help="Images fetched at once. Default: the number of processors."
+)
+@click.option(
+    "--volblocksize",
+    type=click.Choice([str(512 << power) for power in range(12)]),
+    default=str(VOLBLOCKSIZE_DEFAULT_BYTES),
+    help="Block size of new volumes, in bytes.",
 )
 @click.option(
     "--max-pending", type=click.IntRange(1, 100_000), default=PENDING_MAX, help="Fetches accepted and not finished."
@@ -132,6 +139,7 @@ def _agent_settings(params: dict[str, Any]) -> AgentSettings:
         image_service_token="" if token_file is None else load_token(token_file),
         fetchers=params["fetchers"] or default_fetchers(),
         pending_max=params["max_pending"],
+        volblocksize_bytes=int(params["volblocksize"]),
         limits=limits,
     )
 

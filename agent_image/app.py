@@ -80,7 +80,7 @@ class AgentParts:
         self.fetches = FetchPool(
             self.queue, self.images, fetcher, fetchers=settings.fetchers, metrics=metrics, clock=steady_clock()
         )
-        guests = Guests(self.pool, self.images, volumes, ledger)
+        guests = Guests(self.pool, self.images, volumes, ledger, block_bytes=settings.volblocksize_bytes)
         self.store = ImageStore(self.pool, self.images, volumes, Snapshots(self.pool), guests, self.fetches)
 
 
@@ -120,7 +120,12 @@ def _open_stores(settings: AgentSettings) -> tuple[StorageDriver, KeyValue]:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as err:
         raise from_os_error(err, f"can't make the state directory {settings.state_dir}") from err
-    driver = make_driver(settings.driver, settings.pool, settings.state_dir)
+    driver = make_driver(
+        settings.driver,
+        settings.pool,
+        settings.state_dir,
+        volblocksize_default_bytes=settings.volblocksize_bytes,
+    )
     driver.open()
     try:
         return driver, SqliteKeyValue(settings.state_dir / TABLE_NAME)

@@ -19,6 +19,9 @@ DRIVER_AUTO = "auto"
 
 STATE_DIR_NAME = "mistify-agent-image"
 
+VOLBLOCKSIZE_DEFAULT_BYTES = 16 << 10
+"""ZFS's own default since 2.2."""
+
 _ZFS_DEVICE = Path("/dev/zfs")
 
 
@@ -33,6 +36,7 @@ class AgentSettings:
     image_service_token: str = ""
     fetchers: int
     pending_max: int = PENDING_MAX
+    volblocksize_bytes: int = VOLBLOCKSIZE_DEFAULT_BYTES
     limits: FetchLimits = field(default_factory=FetchLimits)
 
 

@@ -14,8 +14,8 @@ from agent_image.store_volumes import Volumes
 from imaging.errors import InvalidArgumentError, InvalidNameError, MistifyError, NoSpaceError, NotFoundError
 from imaging.names import DatasetName, GuestId, SnapshotName
 
-_BLOCK_BYTES = 8 * 1024
-"""The smallest volume block size in use: the reservation is computed for the worst case."""
+BLOCK_BYTES_MAX = 8 * 1024
+"""The reservation of a disk is computed for blocks of at most this size: the smaller they are, the more pointers there are."""
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class DiskRequest:
 
     image: str
     size_bytes: int
+    thin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,26 @@ class _Plan:
     name: DatasetName
     size_bytes: int
     snapshot: SnapshotName | None
+    thin: bool
 
 
 class Guests:
     """Disks of guests, by the guest's id."""
 
-    def __init__(self, pool: Pool, images: Images, volumes: Volumes, ledger: SpaceLedger) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        images: Images,
+        volumes: Volumes,
+        ledger: SpaceLedger,
+        *,
+        block_bytes: int = BLOCK_BYTES_MAX,
+    ) -> None:
         self._pool = pool
         self._images = images
         self._volumes = volumes
         self._ledger = ledger
+        self._block_bytes = min(block_bytes, BLOCK_BYTES_MAX)
 
     def dataset(self, guest_id: str) -> DatasetName:
         """Where a guest's disks are; ``invalid argument`` for no id, InvalidNameError for one that breaks the grammar."""
@@ -101,21 +112,22 @@ class Guests:
 
     def _plan_disk(self, name: DatasetName, disk: DiskRequest) -> _Plan:
         if not disk.image:
-            return _Plan(name, disk.size_bytes, None)
+            return _Plan(name, disk.size_bytes, None, disk.thin)
         record = self._images.records.get(disk.image)
-        return _Plan(name, record.size_bytes, record.snapshot_name)
+        return _Plan(name, record.size_bytes, record.snapshot_name, disk.thin)
 
     def _need_bytes(self, plan: _Plan) -> int:
         """Space a disk may take that is not taken yet.
 
         A thick volume takes its reservation. A clone takes nothing at first, but its guest may write all of it, and a guest that
-        finds its disk full in mid-flight is what this check is to prevent. A disk that is there has its space.
+        finds its disk full in mid-flight is what this check is to prevent. A disk that is there has its space, and whoever asks for
+        a thin one takes that risk.
         """
-        if self._find(plan.name) is not None:
+        if plan.thin or self._find(plan.name) is not None:
             return 0
         if plan.snapshot is not None:
             return plan.size_bytes
-        return thick_volume_bytes(plan.size_bytes, _BLOCK_BYTES)
+        return thick_volume_bytes(plan.size_bytes, self._block_bytes)
 
     def _find(self, name: DatasetName) -> DatasetInfo | None:
         try:
@@ -145,7 +157,7 @@ class Guests:
 
     def _make(self, plan: _Plan, existed: set[DatasetName], made: list[DatasetName]) -> DatasetInfo:
         if plan.snapshot is None:
-            info = self._volumes.ensure(plan.name, plan.size_bytes)
+            info = self._volumes.ensure(plan.name, plan.size_bytes, thin=plan.thin)
         else:
             info = self._volumes.ensure_clone(plan.snapshot, plan.name)
         if plan.name not in existed:

@@ -188,7 +188,7 @@ class GuestMethods:
 
 
 def _disk_requests(guest: wire.Guest) -> list[DiskRequest]:
-    return [DiskRequest(disk.image, wire.bytes_from_mib(disk.size_mib)) for disk in guest.disks]
+    return [DiskRequest(disk.image, wire.bytes_from_mib(disk.size_mib), thin=disk.thin) for disk in guest.disks]
 
 
 def _images(records: Sequence[ImageRecord]) -> wire.ImagesAnswer:

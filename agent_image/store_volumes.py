@@ -49,10 +49,10 @@ class Volumes:
             info = await self._pool.run(self.ensure, name, size_bytes)
             return await self._pool.run(self._pool.show, info)
 
-    def ensure(self, name: DatasetName, size_bytes: int) -> DatasetInfo:
+    def ensure(self, name: DatasetName, size_bytes: int, *, thin: bool = False) -> DatasetInfo:
         """Blocking: the volume of that size, made now or by the same request before; the caller holds the lock."""
         try:
-            return self._pool.driver.create_volume(name, size_bytes, parents=True)
+            return self._pool.driver.create_volume(name, size_bytes, thin=thin, parents=True)
         except AlreadyExistsError as err:
             info = self._existing(name, err)
             if info.origin is None and is_size(info, size_bytes):

@@ -123,6 +123,8 @@ class Disk(OpenMessage, kw_only=True, omit_defaults=True):
     volume: str = msgspec.field(default_factory=str)
     image: str = msgspec.field(default_factory=str)
     source: str = msgspec.field(default_factory=str)
+    thin: bool = False
+    """Ours: take space only as it is written to, and promise none."""
 
 
 class Nic(OpenMessage, kw_only=True, omit_defaults=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from imaging.sendstream.validator import StreamValidator
 from tests.acceptance.daemons import Agent, start_agent
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
@@ -64,6 +65,17 @@ def test_create_guest_disks_returns_the_whole_guest(agent: Agent, pool: str, ima
     assert answer["nics"] == [nic | {"vlans": None}]
     assert "state" not in answer
     assert "vnc" not in answer
+
+
+def test_thin_disk_may_be_larger_than_what_is_left_and_a_thick_one_not(agent: Agent) -> None:
+    size = 4 << 20  # MiB: no machine for tests has 4 TiB
+    assert agent.error("CreateGuestDisks", guest=guest("thick", {"size": size})) == "no space left on device"
+    assert agent.error("VerifyDisks", guest=guest("thick", {"size": size, "thin": False})) == "no space left on device"
+    wanted = guest("thin", {"size": size, "thin": True}, {"size": 1})
+    assert agent.call("VerifyDisks", guest=wanted)["guest"]["disks"][0]["size"] == size
+    disks = agent.call("CreateGuestDisks", guest=wanted)["guest"]["disks"]
+    assert [(one["size"], one.get("thin", False)) for one in disks] == [(size, True), (1, False)]
+    agent.call("DeleteGuestsDisks", guest=wanted)
 
 
 def test_create_guest_disks_keeps_existing_ones(agent: Agent) -> None:
@@ -138,3 +150,13 @@ def test_concurrent_requests_do_not_overbook_the_pool(tmp_path: Path, driver: st
             errors = list(threads.map(create, range(6)))
         assert sorted(map(str, errors)) == ["None"] * 2 + ["no space left on device"] * 4
         assert len(agent.call("ListVolumes")["volumes"]) == 2
+
+
+def test_block_size_of_new_volumes_is_the_one_that_was_set(tmp_path: Path, driver: str, own_pool: str) -> None:
+    with start_agent(tmp_path / "state", driver=driver, zpool=own_pool, volblocksize=65536) as agent:
+        agent.call("CreateGuestDisks", guest=guest("blocks", {"size": 1}))
+        agent.call("CreateSnapshot", id="guests/blocks/disk-0", dest="s")
+        validator = StreamValidator()
+        validator.feed(agent.download("guests/blocks/disk-0@s").content)
+        validator.finish()
+    assert [summary.volblocksize_bytes for summary in validator.summaries] == [65536]
