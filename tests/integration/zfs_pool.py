@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imaging.names import DatasetName, PoolName
+from tests.waiting import wait_until
 
 PROGRAM_TIMEOUT_S = 120
 
@@ -64,3 +65,14 @@ def assert_whole(pool: PoolName | str) -> None:
     """Read everything in the pool: no checksum error anywhere."""
     run("zpool", "scrub", "-w", pool)
     assert "No known data errors" in run("zpool", "status", pool)
+
+
+def make_empty(pool: str) -> None:
+    """Destroy everything in a pool that nobody serves, as soon as udev lets go of its devices."""
+
+    def is_empty() -> bool:
+        for child in run("zfs", "list", "-H", "-d", "1", "-o", "name", pool).splitlines()[1:]:
+            run("zfs", "destroy", "-R", child, check=False)
+        return there(pool) == [pool]
+
+    wait_until(is_empty, f"pool {pool} to be empty")
