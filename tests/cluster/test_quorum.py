@@ -10,9 +10,8 @@ import pytest
 
 from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, fetch, post, sha256, upload, wait_for
-from tests.cluster.world import Site, Stores
+from tests.cluster.world import Site, Stores, wait
 from tests.fakes.source_server import Source, SourceServer
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("etcd", "s3")
 
@@ -27,7 +26,7 @@ def losing(request: pytest.FixtureRequest, stores: Stores) -> Iterator[str]:
 
 def _lose_quorum(stores: Stores, how: str) -> None:
     """Two of three nodes go, the leader among them."""
-    leader = wait_until(stores.etcd.leader, "a leader")
+    leader = wait(stores.etcd.leader, "a leader")
     assert leader is not None
     follower = next(node for node in stores.etcd.nodes if node is not leader)
     for node in (leader, follower):
@@ -51,7 +50,7 @@ def test_service_without_a_quorum_refuses_changes_at_once_and_goes_on_reading(
     begun = fetch(replica, sources.add("/begun", source))
     assert source.holding.wait(60)
     _lose_quorum(site.stores, losing)
-    wait_until(lambda: _refuses(replica, "DELETE", f"/images/{doomed['id']}"), "the loss to be noticed", timeout_s=60)
+    wait(lambda: _refuses(replica, "DELETE", f"/images/{doomed['id']}"), "the loss to be noticed")
     # At once: the body of an upload is not even asked for, and no call waits for the patience of the one before.
     headers = {"X-Image-Type": "kvm", "Expect": "100-continue"}
     changes = [
@@ -73,7 +72,7 @@ def test_service_without_a_quorum_refuses_changes_at_once_and_goes_on_reading(
     site.stores.etcd.heal()
     source.go.set()
     assert wait_for(replica, begun["id"], "complete")["digest"] == sha256(DATA)
-    wait_until(lambda: post(replica, sources.add("/late", Source(b"late"))).status_code == 202, "changes to go on")
+    wait(lambda: post(replica, sources.add("/late", Source(b"late"))).status_code == 202, "changes to go on")
     assert call(replica, "DELETE", f"/images/{doomed['id']}").status_code == 200
     assert upload(replica, b"again")["digest"] == sha256(b"again")
 

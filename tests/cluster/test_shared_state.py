@@ -10,8 +10,7 @@ import pytest
 
 from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, upload
-from tests.cluster.world import Site
-from tests.waiting import wait_until
+from tests.cluster.world import Site, wait
 
 pytestmark = pytest.mark.backend("etcd", "s3")
 
@@ -42,16 +41,16 @@ def test_room_of_an_upload_whose_replica_was_killed_is_free_again(site: Site) ->
 
     def body() -> object:
         yield next(held)
-        wait_until(lambda: first.process is not None and first.process.poll() is not None, "the end", timeout_s=120)
+        wait(lambda: first.process is not None and first.process.poll() is not None, "the end")
         yield b""
 
     with ThreadPoolExecutor(1) as pool:
         broken = pool.submit(_put, first, body())
-        wait_until(lambda: site.bucket().list("ingest/"), "the upload to begin")
-        wait_until(lambda: site.records().engine.list("quota/"), "room to be reserved")
+        wait(lambda: site.bucket().list("ingest/"), "the upload to begin")
+        wait(lambda: site.records().engine.list("quota/"), "room to be reserved")
         first.kill()
         assert broken.exception() is not None
-    wait_until(lambda: _put(second, random.Random(11).randbytes(2 * MIB + 5)) == 200, "its room to be free")
+    wait(lambda: _put(second, random.Random(11).randbytes(2 * MIB + 5)) == 200, "its room to be free")
 
 
 def test_labels_and_catalogue_are_the_same_on_both_replicas_and_survive_a_wiped_one(site: Site) -> None:
@@ -100,7 +99,7 @@ def test_collection_runs_in_one_replica_at_a_time_and_keeps_what_the_other_needs
         assert (report["blobs"], report["kept"]) == ([], 1)
     assert download(second, record["id"]).content == DISK
     assert call(second, "POST", "/upkeep/scrub").status_code == 202
-    wait_until(lambda: call(first, "GET", "/upkeep/scrub").json()["checked"] == 1, "the scrub to be seen elsewhere")
+    wait(lambda: call(first, "GET", "/upkeep/scrub").json()["checked"] == 1, "the scrub to be seen elsewhere")
 
 
 def test_download_is_redirected_to_the_bucket_if_the_operator_wants_it(site: Site) -> None:

@@ -9,9 +9,8 @@ import pytest
 
 from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, fetch, record_of, sha256, wait_for
-from tests.cluster.world import PART_BYTES, Site, pause, resume
+from tests.cluster.world import PART_BYTES, Site, pause, resume, wait
 from tests.fakes.source_server import Source, SourceServer
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("etcd", "s3")
 
@@ -24,7 +23,7 @@ def _held_fetch(replica: Daemon, sources: SourceServer) -> tuple[Source, str]:
     """A fetch under way, with everything before HELD_AT durable."""
     source = Source(CONTENT, hold_after=HELD_AT)
     record = fetch(replica, sources.add("/disk", source))
-    wait_until(lambda: record_of(replica, record["id"])["size"] >= 3 * PART_BYTES, "three parts to be here")
+    wait(lambda: record_of(replica, record["id"])["size"] >= 3 * PART_BYTES, "three parts to be here")
     assert source.holding.wait(60)
     return source, record["id"]
 
@@ -60,13 +59,13 @@ def test_fetch_of_a_paused_replica_is_taken_over_and_the_paused_one_changes_noth
     source.hold_after = PART_BYTES // 2  # behind what is here already
     assert source.holding.wait(60), "nobody took the fetch over"
     resume(first)  # it believes that it fetches, while the other one does
-    wait_until(lambda: "left to whoever" in first.log(), "the first replica to notice")
+    wait(lambda: "left to whoever" in first.log(), "the first replica to notice")
     source.go.set()
     record = wait_for(second, image_id, "complete")
     assert record["digest"] == sha256(CONTENT)
     for replica in (first, second):
         assert download(replica, image_id).content == CONTENT
-    wait_until(lambda: list(site.bucket().list("ingest/")) == [], "the ingest to be gone")
+    wait(lambda: list(site.bucket().list("ingest/")) == [], "the ingest to be gone")
 
 
 def test_source_asked_of_both_replicas_at_once_is_fetched_once(site: Site, sources: SourceServer) -> None:
@@ -87,11 +86,11 @@ def test_image_deleted_at_one_replica_ends_its_fetch_at_the_other(site: Site, so
     source, image_id = _held_fetch(first, sources)
     second = site.replica("second")
     assert call(second, "DELETE", f"/images/{image_id}").status_code == 200
-    wait_until(lambda: first.metric("mistify_image_fetches") == 0, "the fetch to end, though its source says nothing")
+    wait(lambda: first.metric("mistify_image_fetches") == 0, "the fetch to end, though its source says nothing")
     source.go.set()
     for replica in (first, second):
         assert call(replica, "GET", f"/images/{image_id}").status_code == 404
-    wait_until(lambda: list(site.bucket().list("ingest/")) == [], "the bytes to go")
+    wait(lambda: list(site.bucket().list("ingest/")) == [], "the bytes to go")
     assert list(site.bucket().list("blobs/")) == []
 
 

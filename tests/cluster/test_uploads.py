@@ -10,8 +10,7 @@ import pytest
 
 from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, sha256, upload, wait_for
-from tests.cluster.world import PART_BYTES, TTL_S, Site, pause, resume
-from tests.waiting import wait_until
+from tests.cluster.world import PART_BYTES, Site, pause, resume, wait
 
 pytestmark = pytest.mark.backend("etcd", "s3")
 
@@ -103,20 +102,18 @@ def test_equal_uploads_at_both_replicas_with_deletes_between_never_lose_a_byte(s
     for record in left:
         assert download(replicas[1], record["id"]).content == shared
         call(replicas[1], "DELETE", f"/images/{record['id']}")
-    wait_until(lambda: list(site.bucket().list("blobs/")) == [], "the last copy to go")
+    wait(lambda: list(site.bucket().list("blobs/")) == [], "the last copy to go")
 
 
 def test_what_a_killed_replica_was_taking_in_is_removed_and_what_others_take_in_stays(site: Site) -> None:
     first, second = site.replica("first"), site.replica("second")
     bucket = site.bucket()
     with _put_begun(first, DATA), _put_begun(second, DATA) as alive:
-        wait_until(lambda: len({stored.key.split("/")[1] for stored in bucket.list("ingest/")}) == 2, "both to begin")
+        wait(lambda: len({stored.key.split("/")[1] for stored in bucket.list("ingest/")}) == 2, "both to begin")
         first.kill()
-        wait_until(
-            lambda: len(site.records().replica.held("replica-")) == 1, "the dead one's session to end", timeout_s=60
-        )
+        wait(lambda: len(site.records().replica.held("replica-")) == 1, "the dead one's session to end")
         third = site.replica("third")
-        wait_until(lambda: len({stored.key.split("/")[1] for stored in bucket.list("ingest/")}) == 1, "one to be gone")
+        wait(lambda: len({stored.key.split("/")[1] for stored in bucket.list("ingest/")}) == 1, "one to be gone")
         alive.sendall(b"!")
         assert alive.recv(65536).startswith(b"HTTP/1.1 200 ")
     (record,) = call(third, "GET", "/images").json()
@@ -127,11 +124,9 @@ def test_upload_that_was_paused_for_too_long_is_refused_and_leaves_nothing(site:
     first, second = site.replica("first"), site.replica("second")
     bucket = site.bucket()
     with _put_begun(first, DATA) as paused:
-        wait_until(lambda: list(bucket.list("ingest/")) != [], "it to begin")
+        wait(lambda: list(bucket.list("ingest/")) != [], "it to begin")
         pause(first)
-        wait_until(
-            lambda: len(site.records().replica.held("replica-")) == 0, "its session to end", timeout_s=10 * TTL_S
-        )
+        wait(lambda: len(site.records().replica.held("replica-")) == 0, "its session to end")
         resume(first)
         paused.sendall(b"!")
         assert paused.recv(65536).startswith(b"HTTP/1.1 503 ")
@@ -151,4 +146,4 @@ def test_delete_at_one_replica_during_a_download_at_another_ends_well(site: Site
             got += piece
     assert DATA.startswith(got), "what comes is right, or the connection ends short"
     assert call(first, "GET", f"/images/{record['id']}").status_code == 404
-    wait_until(lambda: list(site.bucket().list("blobs/")) == [], "the bytes to go")
+    wait(lambda: list(site.bucket().list("blobs/")) == [], "the bytes to go")

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -27,6 +27,11 @@ from tests.waiting import wait_until
 
 PART_BYTES = 5 << 20
 """The least S3 takes: what a test sends is then some parts."""
+
+WAIT_S = 120.0
+"""For whatever is waited for here."""
+
+T = TypeVar("T")
 
 TTL_S = 4.0
 """Short, so that nobody waits for long; longer than what a busy machine's scheduler does to a thread."""
@@ -113,6 +118,11 @@ class Site:
         records = MetadataStore.over(open_etcd(self.records_table))
         self.exits.callback(records.shutdown)
         return records
+
+
+def wait(condition: Callable[[], T], what: str) -> T:
+    """As ``wait_until``, for as long as nine servers on a busy machine may take for something."""
+    return wait_until(condition, what, timeout_s=WAIT_S)
 
 
 def pause(daemon: Daemon) -> None:
