@@ -49,6 +49,8 @@ class World:
     """The digest each key's image must have."""
     known: list[tuple[str, str]] = field(default_factory=list)
     """(key, id) of records somebody saw."""
+    complete: list[tuple[str, str]] = field(default_factory=list)
+    """Those of them that somebody saw complete."""
     shared: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     counts: dict[str, int] = field(default_factory=dict)
@@ -59,11 +61,13 @@ class World:
         with self.lock:
             self.counts[what] = self.counts.get(what, 0) + 1
 
-    def know(self, key: str, image_id: str) -> None:
+    def know(self, key: str, image_id: str, seen: Seen) -> None:
         """A record was seen."""
         with self.lock:
             if (key, image_id) not in self.known:
                 self.known.append((key, image_id))
+            if seen is Seen.COMPLETE and (key, image_id) not in self.complete:
+                self.complete.append((key, image_id))
 
 
 def _seen(status: str) -> Seen:
@@ -152,7 +156,7 @@ class Client:
         self.world.contents[key] = sha256(content)
         created = Operation(Kind.CREATE, begun, History.now(), image_id, Seen.COMPLETE)
         self.world.history.add(key, created)
-        self.world.know(key, image_id)
+        self.world.know(key, image_id, Seen.COMPLETE)
         self.world.count("uploaded")
 
     def _tus(self) -> None:
@@ -210,8 +214,7 @@ class Client:
             self._check(key, record)
             return record["id"], _seen(record["status"])
 
-        image_id, _ = self._noted(key, Kind.CREATE, "", act)
-        self.world.know(key, image_id)
+        self.world.know(key, *self._noted(key, Kind.CREATE, "", act))
 
     def _check(self, key: str, record: Mapping[str, str]) -> None:
         assert record["status"] != "error", f"{key}: {record}"
@@ -242,25 +245,34 @@ class Client:
             self._check(key, answer.json())
             return image_id, _seen(answer.json()["status"])
 
-        return self._noted(key, Kind.READ, image_id, act)[1]
+        seen = self._noted(key, Kind.READ, image_id, act)[1]
+        self.world.know(key, image_id, seen)
+        return seen
+
+    def _some_complete(self) -> tuple[str, str]:
+        with self.world.lock:
+            complete = self.world.complete[-20:]
+        if not complete:
+            raise Unanswered("nothing complete")
+        return self._chance.choice(complete)
 
     def _download(self) -> None:
-        key, image_id = self._some()
+        key, image_id = self._some_complete()
         answer = self.call("GET", f"/images/{image_id}/download", [200, 404])
         if answer.status_code == 200:
             assert sha256(answer.content) == self.world.contents[key], f"{key}: other bytes"
             self.world.count("downloaded")
 
     def _derive(self) -> None:
-        key, image_id = self._some()
-        self.derive(key, image_id)
+        self.derive(*self._some_complete())
 
-    def derive(self, key: str, image_id: str) -> None:
-        """GET the image packed; it is made now if nobody asked before."""
+    def derive(self, key: str, image_id: str) -> bool:
+        """GET the image packed; it is made now if nobody asked before. Whether it is there."""
         answer = self.call("GET", f"/images/{image_id}/download?compression=gzip", [200, 404])
         if answer.status_code == 200:
             assert sha256(gzip.decompress(answer.content)) == self.world.contents[key], f"{key}: derived other bytes"
             self.world.count("derived")
+        return answer.status_code == 200
 
     def _delete(self) -> None:
         key, image_id = self._some()
