@@ -29,10 +29,12 @@ KILLS = 50
 CLIENTS = 20
 WORK_MIN = 12
 """Acknowledgements of a life, before the random instant at which it ends: however slow the machine, every life has done something."""
-START_KILLS = 0.2
-"""The share of lives that end while they begin."""
-KIND_MIN = KILLS // 2
-"""Acknowledgements of each kind in all: a fifth of what chance gives them."""
+START_KILLS = 5
+"""Every so many lives one ends while it begins."""
+KINDS = ("put", "tus", "fetch", "delete")
+"""The others in turn wait for one acknowledgement of each kind."""
+KIND_MIN = (KILLS - KILLS // START_KILLS) // len(KINDS)
+"""Acknowledgements of each kind there must be, then, however slow the machine."""
 SEED = random.SystemRandom().randrange(1 << 32)
 TUS = {"Tus-Resumable": "1.0.0"}
 BODY = "application/offset+octet-stream"
@@ -158,12 +160,19 @@ def _unfinished(service: Daemon) -> list[str]:
     return [r["id"] for r in call(service, "GET", "/images").json() if r["status"] in {"pending", "downloading"}]
 
 
-def _wait_for_work(clients: list[_Client], what: str) -> None:
-    def done() -> int:
-        return sum(client.done.total() for client in clients)
+def _wait_for_work(clients: list[_Client], kind: str, what: str) -> None:
+    """So many acknowledgements, one of them of that kind."""
 
-    before = done()
-    wait_until(lambda: done() - before >= WORK_MIN, f"work in {what}", timeout_s=120)
+    def done() -> tuple[int, int]:
+        return sum(client.done.total() for client in clients), sum(client.done[kind] for client in clients)
+
+    all_before, kind_before = done()
+
+    def enough() -> bool:
+        all_now, kind_now = done()
+        return all_now - all_before >= WORK_MIN and kind_now > kind_before
+
+    wait_until(enough, f"{kind} in {what}", timeout_s=120)
 
 
 def _work_and_kill(service: Daemon, sources: SourceServer) -> list[_Client]:
@@ -173,10 +182,11 @@ def _work_and_kill(service: Daemon, sources: SourceServer) -> list[_Client]:
         client.thread.start()
     try:
         for number in range(KILLS):
-            if chance.random() < START_KILLS:
+            if number % START_KILLS == START_KILLS - 1:
                 pause.wait(chance.uniform(0, 1.5))
             else:
-                _wait_for_work(clients, f"life {number} (seed {SEED})")
+                kind = KINDS[(number - number // START_KILLS) % len(KINDS)]
+                _wait_for_work(clients, kind, f"life {number} (seed {SEED})")
                 pause.wait(chance.uniform(0, 0.3))
             service.kill()
             service.start(wait=False)
@@ -236,5 +246,5 @@ def _check_acknowledged(clients: list[_Client], found: dict[str, dict[str, str]]
             assert by_source.get(url) == digest, f"seed {SEED}: a fetch was lost: {url}"
     assert {record["digest"] for record in found.values()} <= sent, f"seed {SEED}"
     done = sum((client.done for client in clients), collections.Counter[str]())
-    for kind in ("put", "tus", "fetch", "delete"):
+    for kind in KINDS:
         assert done[kind] >= KIND_MIN, f"seed {SEED}: hardly anything was done: {done}"
