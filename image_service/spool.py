@@ -57,6 +57,8 @@ async def settled(call: Awaitable[T]) -> T:
                 await asyncio.wait([task])
             except asyncio.CancelledError:  # a second cancel must not let go of the thread either
                 continue
+        if not task.cancelled():
+            task.exception()  # looked at: who is cancelled has no use for it, and the loop would report it as forgotten
         raise
 
 

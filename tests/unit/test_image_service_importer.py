@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -130,6 +131,27 @@ async def test_settled_call_ends_before_its_waiter_is_cancelled() -> None:
         await waiter
     assert ended.is_set()
     pools.close()
+
+
+async def test_settled_call_that_fails_for_a_cancelled_waiter_is_not_reported_as_forgotten() -> None:
+    loop, reported, go = asyncio.get_running_loop(), list[object](), asyncio.Event()
+    loop.set_exception_handler(lambda _, context: reported.append(context))
+
+    async def work() -> None:
+        await go.wait()
+        raise UnavailableError("the store went away")
+
+    waiter = asyncio.create_task(settled(work()))
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.sleep(0)
+    go.set()
+    await asyncio.wait([waiter])
+    assert waiter.cancelled()
+    del waiter
+    await asyncio.sleep(0)
+    gc.collect()
+    assert reported == []
 
 
 # -- uploads ---------------------------------------------------------------------------------------------------------------
