@@ -48,15 +48,26 @@ class Number(NamedTuple):
     inode: int
 
 
-class Confirmed(NamedTuple):
-    """A link that led to a volume's device when it was asked. The text is for lists of thousands."""
+class Seen(NamedTuple):
+    """What the kernel said of a device when it was asked."""
 
-    link: Path
-    text: str
+    volume: str
     number: Number
 
 
-def number_of(device: Path | str) -> Number | None:
+class Found(NamedTuple):
+    """A path that led to a volume's device when it was asked. The text is for lists of thousands."""
+
+    path: Path
+    text: str
+    number: Number
+
+    def is_there(self) -> bool:
+        """Whether the same device is behind it still: as long as a node lasts, its device is one volume."""
+        return number_of(self.text) == self.number
+
+
+def number_of(device: str) -> Number | None:
     """The number of a device behind a path; None if there is none."""
     try:
         found = os.stat(device)  # noqa: PTH116 - asked for each volume of a list
@@ -65,22 +76,29 @@ def number_of(device: Path | str) -> Number | None:
     return Number(found.st_rdev, found.st_ino) if stat.S_ISBLK(found.st_mode) else None
 
 
-def volume_of(device: Path) -> str | None:
-    """The name of the volume behind a device node; None if it is not one, or is gone."""
+def look(device: Path) -> Seen | None:
+    """Ask a device node which volume it is; None if it is not one, or is gone."""
     buffer = bytearray(NAME_BUFFER_BYTES)
     try:
         fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        node = os.fstat(fd)
+        if not stat.S_ISBLK(node.st_mode):
             return None
         fcntl.ioctl(fd, BLKZNAME, buffer)
     except OSError:
         return None
     finally:
         os.close(fd)
-    return buffer.split(b"\0", 1)[0].decode("utf-8", "replace")
+    return Seen(buffer.split(b"\0", 1)[0].decode("utf-8", "replace"), Number(node.st_rdev, node.st_ino))
+
+
+def volume_of(device: Path) -> str | None:
+    """The name of the volume behind a device node; None if it is not one, or is gone."""
+    seen = look(device)
+    return None if seen is None else seen.volume
 
 
 class Node(NamedTuple):
@@ -88,6 +106,10 @@ class Node(NamedTuple):
 
     name: str
     inode: int
+
+
+Key = tuple[int, str]
+"""The guid of a volume, 0 if the caller does not know it, and its name."""
 
 
 class Devices:
@@ -101,30 +123,38 @@ class Devices:
         link_timeout_s: float = LINK_TIMEOUT_S,
     ) -> None:
         self._link_timeout_s = link_timeout_s
-        self._linkless: set[str] = set()
-        """Volumes whose links were waited for in vain once."""
         self._devices = device_directory
         self._links = link_directory or device_directory / "zvol"
         self._lock = threading.Lock()
         self._asked: dict[Node, str] = {}
-        self._confirmed: dict[tuple[int, str], Confirmed] = {}
-        """Devices behind links of volumes, by guid and name: opening a device to ask costs much more than looking at its number."""
+        self._confirmed: dict[Key, Found] = {}
+        """What was told of volumes, by guid and name: opening a device to ask costs much more than looking at its number."""
+        self._links_due_s: dict[Key, float] = {}
+        """Until when links are waited for, however many ask meanwhile: one that does not come must not delay every list."""
 
     def find(self, volume: str) -> Path | None:
         """The path of the volume's device: udev's link if it leads there, else the node itself; None if there is none."""
-        link = self._links / volume
-        if volume_of(link) == volume:
-            return link
-        return self._search(volume)
+        found = self._find(volume)
+        return None if found is None else found.path
 
-    def _search(self, volume: str) -> Path | None:
+    def _find(self, volume: str) -> Found | None:
+        return self._find_link(volume) or self._search(volume)
+
+    def _find_link(self, volume: str) -> Found | None:
+        link = self._links / volume
+        seen = look(link)
+        return Found(link, str(link), seen.number) if seen is not None and seen.volume == volume else None
+
+    def _search(self, volume: str) -> Found | None:
         with self._lock:
             nodes = self._nodes()
             likely = [node for node in nodes if self._asked.get(node) == volume]
             unknown = [node for node in nodes if node not in self._asked]
             for node in likely + unknown:
-                if self._ask(node) == volume:
-                    return self._devices / node.name
+                seen = self._ask(node)
+                if seen is not None and seen.volume == volume:
+                    path = self._devices / node.name
+                    return Found(path, str(path), seen.number)
         return None
 
     def _nodes(self) -> list[Node]:
@@ -137,27 +167,28 @@ class Devices:
             del self._asked[gone]
         return nodes
 
-    def _ask(self, node: Node) -> str | None:
-        name = volume_of(self._devices / node.name)
-        if name is None:
+    def _ask(self, node: Node) -> Seen | None:
+        seen = look(self._devices / node.name)
+        if seen is None:
             self._asked.pop(node, None)
         else:
-            self._asked[node] = name
-        return name
+            self._asked[node] = seen.volume
+        return seen
 
     def forget(self) -> None:
-        """Names moved (rename): ask again."""
+        """Names moved (rename): ask again which node has which. What is confirmed is so by guid, which does not move."""
         with self._lock:
             self._asked.clear()
-            self._linkless.clear()
-            self._confirmed.clear()
 
     def wait(self, volume: str, timeout_s: float) -> Path:
         """The path of the volume's device once it is there; UnavailableError after ``timeout_s``."""
+        return self._wait(volume, timeout_s).path
+
+    def _wait(self, volume: str, timeout_s: float) -> Found:
         deadline = time.monotonic() + timeout_s
         tick, pause_s = threading.Event(), POLL_FIRST_S
         while True:
-            found = self.find(volume)
+            found = self._find(volume)
             if found is not None:
                 return found
             if time.monotonic() >= deadline:
@@ -170,38 +201,42 @@ class Devices:
     def wait_linked(self, volume: str, timeout_s: float, *, guid: int = 0) -> Path:
         """The same, and while udev runs by its link, so that all who ask are told one path; the node if the link does not come.
 
-        With the volume's ``guid``, a link that still leads to the device that was asked before is not asked again: as long as the
-        node lasts, its device is this volume.
+        With the volume's ``guid``, what was told before and is still the same device is told again without asking.
         """
-        known = self._confirmed.get((guid, volume)) if guid else None
-        if known is not None and number_of(known.text) == known.number:
-            return known.link
-        link = self._links / volume
-        before = number_of(link)
-        path = self._wait_linked(volume, timeout_s)
-        if guid and path == link and before is not None and number_of(link) == before:  # the same when it was asked
-            with self._lock:
-                if len(self._confirmed) >= CONFIRMED_MAX:
-                    self._confirmed.clear()
-                self._confirmed[guid, volume] = Confirmed(link, str(link), before)
-        return path
-
-    def _wait_linked(self, volume: str, timeout_s: float) -> Path:
+        key = guid, volume
+        known = self._confirmed.get(key) if guid else None
+        if known is not None and known.is_there():
+            return known.path
         deadline = time.monotonic() + timeout_s
-        found, link = self.wait(volume, timeout_s), self._links / volume
-        if found == link or volume in self._linkless or not UDEV_CONTROL.exists():
-            return found
-        link_deadline = min(deadline, time.monotonic() + self._link_timeout_s)
+        found, is_last_word = self._wait(volume, timeout_s), True
+        if found.path != self._links / volume and UDEV_CONTROL.exists():
+            is_last_word = self._wait_for_link(key, deadline)
+            found = self._wait(volume, max(0.0, deadline - time.monotonic()))
+        if guid and is_last_word:
+            self._confirm(key, found)
+        return found.path
+
+    def _wait_for_link(self, key: Key, deadline: float) -> bool:
+        """Whether the link is there, or was waited for in vain for as long as links are; False if time ran out before."""
+        with self._lock:
+            if len(self._links_due_s) >= CONFIRMED_MAX:
+                self._links_due_s.clear()
+            due_s = self._links_due_s.setdefault(key, time.monotonic() + self._link_timeout_s)
         tick, pause_s = threading.Event(), POLL_FIRST_S
-        while time.monotonic() < link_deadline:
-            tick.wait(pause_s)
+        while self._find_link(key[1]) is None:
+            now_s = time.monotonic()
+            if now_s >= min(due_s, deadline):
+                return now_s >= due_s
+            tick.wait(min(pause_s, min(due_s, deadline) - now_s))
             pause_s = min(pause_s * 2, POLL_MAX_S)
-            if volume_of(link) == volume:
-                return link
-        if link_deadline < deadline:
-            with self._lock:
-                self._linkless.add(volume)
-        return self.wait(volume, max(0.0, deadline - time.monotonic()))
+        return True
+
+    def _confirm(self, key: Key, found: Found) -> None:
+        with self._lock:
+            if len(self._confirmed) >= CONFIRMED_MAX:
+                self._confirmed.clear()
+            self._confirmed[key] = found
+            self._links_due_s.pop(key, None)
 
     def flush(self, volume: str) -> None:
         """Write what the block layer still has of the volume and forget it: its contents are about to change, or just did."""
