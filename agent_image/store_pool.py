@@ -68,6 +68,10 @@ class Snapshot:
     written_bytes: int
 
 
+def _itself(info: DatasetInfo | SnapshotInfo) -> DatasetInfo | SnapshotInfo:
+    return info
+
+
 class Pool:
     """One pool behind a driver.
 
@@ -84,6 +88,8 @@ class Pool:
         self.root = driver.pool.root
         self.images = self.root / IMAGES
         self.guests = self.root / GUESTS
+        self._without_device: set[int] = set()
+        """Guids of volumes the last list waited for in vain."""
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a blocking call (a driver's method) on a thread."""
@@ -201,10 +207,22 @@ class Pool:
 
     async def find(self, wire_id: str) -> DatasetInfo | SnapshotInfo:
         """What an id of a request names; InvalidNameError, NotFoundError, and for no id ``need an id``."""
+        return await self.find_and(_itself, wire_id)
+
+    async def find_and(self, then: Callable[[DatasetInfo | SnapshotInfo], T], wire_id: str) -> T:
+        """What ``then`` makes of that, on the same thread: the ways to a thread are most of what a short answer costs."""
         if not wire_id:
             raise InvalidArgumentError("need an id")
-        name = await self.resolve(wire_id)
-        return await (self.get_snapshot(name) if isinstance(name, SnapshotName) else self.get(name))
+        return await self.run(self._find_and, then, await self.resolve(wire_id))
+
+    def _find_and(self, then: Callable[[DatasetInfo | SnapshotInfo], T], name: DatasetName | SnapshotName) -> T:
+        if self.is_hidden(name.dataset if isinstance(name, SnapshotName) else name):
+            raise NotFoundError("not found")
+        try:
+            info = self.driver.get_snapshot(name) if isinstance(name, SnapshotName) else self.driver.get(name)
+        except NotFoundError as err:
+            raise NotFoundError("not found") from err
+        return then(info)
 
     # -- showing -----------------------------------------------------------------------------------------------------
 
@@ -225,13 +243,18 @@ class Pool:
             return Volume(info.name, info.volsize_bytes or 0, "")
 
     def show_listed(self, infos: Iterable[DatasetInfo]) -> list[Volume]:
-        """Blocking: datasets as callers see them in a list; one without a device does not keep the others from being shown."""
-        shown, deadline = [], time.monotonic() + LIST_DEVICES_TIMEOUT_S
+        """Blocking: datasets as callers see them in a list; one without a device keeps neither the others nor the next list waiting."""
+        shown, without, deadline = [], set(), time.monotonic() + LIST_DEVICES_TIMEOUT_S
         for info in infos:
+            patience_s = 0.0 if info.guid in self._without_device else max(0.0, deadline - time.monotonic())
             try:
-                shown.append(self.show_as_is(info, timeout_s=max(0.0, deadline - time.monotonic())))
+                volume = self.show_as_is(info, timeout_s=patience_s)
             except NotFoundError:
                 continue  # destroyed since it was listed
+            shown.append(volume)
+            if not volume.device:
+                without.add(info.guid)
+        self._without_device = without
         return shown
 
     def show_snapshots(self, names: Sequence[SnapshotName]) -> list[Snapshot]:

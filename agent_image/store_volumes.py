@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent_image.drivers.base import DatasetInfo, DatasetKind
+from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
 from agent_image.store_pool import NOT_A_DATASET, Pool, Volume
 from imaging.errors import AlreadyExistsError, InvalidArgumentError, InvalidNameError, NotFoundError, WrongKindError
 from imaging.names import DatasetName, SnapshotName
@@ -33,10 +33,12 @@ class Volumes:
 
     async def get(self, wire_id: str) -> Volume:
         """One volume; ``need an id``, ``not found``, ``not a volume``."""
-        info = await self._pool.find(wire_id)
+        return await self._pool.find_and(self._show_volume, wire_id)
+
+    def _show_volume(self, info: DatasetInfo | SnapshotInfo) -> Volume:
         if not isinstance(info, DatasetInfo) or info.kind is not DatasetKind.VOLUME:
             raise WrongKindError("not a volume")
-        return await self._pool.run(self._pool.show, info)
+        return self._pool.show(info)
 
     async def create(self, wire_id: str, size_bytes: int) -> Volume:
         """A thick volume with its parents. The same request again is fine; anything else that is there is AlreadyExistsError."""
