@@ -20,6 +20,7 @@ _CODES: dict[str, type[MistifyError]] = {
         errors.AlreadyExistsError,
         errors.BusyError,
         errors.ConflictError,
+        errors.LeaseLostError,
         errors.BadDataError,
         errors.TooLargeError,
         errors.NoSpaceError,
