@@ -216,7 +216,7 @@ def _ask(report: Report, pool: PoolName) -> None:
     with (
         tempfile.TemporaryDirectory(prefix="mistify-bench-") as directory,
         harness.stopwatch() as elapsed_s,
-        start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool)) as agent,
+        start_agent(Path(directory) / "state", driver="zfs", zpool=str(pool), log_level="warning") as agent,
     ):
         report.note(f"the agent was ready {elapsed_s():.0f} s after its start, with its index of all of them")
         _first_lists(report, agent)
