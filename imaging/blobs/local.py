@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from imaging.blobs.aftermath import logged_after
 from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo, needs_none
 from imaging.blobs.ingest import Ingest, load_state, recover_ingest, ref_key, remove_ingest
 from imaging.blobs.leases import LeaseBook
@@ -33,7 +34,7 @@ from imaging.blobs.sweep import QUARANTINE_KEEP_S, Sweep
 from imaging.blobs.verifying import BUFFER_BYTES, VerifyingReader
 from imaging.blobs.writer import LocalBlobWriter
 from imaging.digests import Digest
-from imaging.errors import BusyError, InvalidArgumentError, MistifyError, NotFoundError, UnavailableError
+from imaging.errors import BusyError, InvalidArgumentError, NotFoundError, UnavailableError
 from imaging.files import LockFile, fsync_directory, make_directory, os_errors
 
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
@@ -143,18 +144,10 @@ class LocalBlobStore:
                 self._space.give(files.offset_bytes)
             else:
                 files.data_path.rename(target)
-        with self._logged("cannot finish publishing", digest):
+        with logged_after("cannot finish publishing", digest):
             fsync_directory(target.parent)
             remove_ingest(files.directory, durably=False)
         return BlobInfo(digest, files.offset_bytes, now)
-
-    @contextmanager
-    def _logged(self, what: str, digest: Digest) -> Iterator[None]:
-        """For steps after the point of no return: the call has succeeded, the log gets the error."""
-        try:
-            yield
-        except MistifyError:
-            _log.exception(what, extra={"component": "blobs", "digest": str(digest)})
 
     def let_go(self, files: Ingest) -> None:
         """The writer of this ingest is done (called by the writer)."""
@@ -272,7 +265,7 @@ class LocalBlobStore:
         """Move the damaged file an open descriptor shows out of the readers' way, unless the name has another file by now."""
         path = self._blob_path(digest)
         aside = self._quarantine / f"{digest.hex}.{time.time_ns()}"
-        with self._logged("cannot quarantine", digest), self._lock, os_errors(f"cannot quarantine blob {digest}"):
+        with logged_after("cannot quarantine", digest), self._lock, os_errors(f"cannot quarantine blob {digest}"):
             if path.exists() and os.path.samestat(path.stat(), os.fstat(fd)):
                 path.rename(aside)
                 os.utime(aside, (self._clock(), self._clock()))

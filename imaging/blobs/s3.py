@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import BinaryIO, cast
 
+from imaging.blobs.aftermath import logged_after
 from imaging.blobs.base import BlobInfo, CollectReport, IngestInfo, needs_none
 from imaging.blobs.ingest import ref_key
 from imaging.blobs.s3_assembly import Source, assemble, copy_object
@@ -50,7 +51,6 @@ from imaging.errors import (
     BusyError,
     ConflictError,
     InvalidArgumentError,
-    MistifyError,
     NotFoundError,
     UnavailableError,
 )
@@ -148,7 +148,7 @@ class S3BlobStore:
         if stored.size_bytes != writer.offset_bytes:
             self._bucket.delete(key)
             raise UnavailableError(f"the object store has {stored.size_bytes} bytes of blob {digest}")
-        with self._logged("cannot finish publishing", digest):
+        with logged_after("cannot finish publishing", digest):
             remove_ingest(self._bucket, writer.prefix)
         return BlobInfo(digest, stored.size_bytes, stored.modified_s)
 
@@ -158,14 +158,6 @@ class S3BlobStore:
             assemble(self._bucket, key, sources)
         except (NotFoundError, ConflictError) as err:
             raise UnavailableError(f"parts of the ingest are gone: {ref[:80]!r}") from err
-
-    @contextmanager
-    def _logged(self, what: str, digest: Digest) -> Iterator[None]:
-        """For steps after the point of no return: the call has succeeded, the log gets the error."""
-        try:
-            yield
-        except MistifyError:
-            _log.exception(what, extra={"component": "blobs", "digest": str(digest)})
 
     def let_go(self, ref: str) -> None:
         """The writer of this ingest is done (called by the writer)."""
@@ -264,7 +256,7 @@ class S3BlobStore:
 
     def _set_aside(self, digest: Digest, copy: StoredObject) -> None:
         """Move a damaged copy out of the readers' way."""
-        with self._logged("cannot quarantine", digest):
+        with logged_after("cannot quarantine", digest):
             copy_object(self._bucket, copy, f"{QUARANTINE}{copy.key.removeprefix(BLOBS)}")
             self._bucket.delete(copy.key)
             _log.error("blob quarantined", extra={"component": "blobs", "digest": str(digest)})
