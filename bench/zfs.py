@@ -44,6 +44,8 @@ MADE_PER_TURN = 16
 CALLERS = 8
 """As many ask at once where the title says so."""
 SEEN_TIMEOUT_S = 60.0
+DEVICE_BUSY_TIMEOUT_S = 60.0
+"""udev looks at hundreds of devices, in the lab under emulation."""
 RECEIVE_BYTES = 1 << 20
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     pool = PoolName.parse(os.environ["MISTIFY_LAB_POOL"])
     report = Report()
     print(harness.machine(), flush=True)
-    driver = ZfsDriver(pool)
+    driver = ZfsDriver(pool, device_busy_timeout_s=DEVICE_BUSY_TIMEOUT_S)
     driver.open()
     if arguments.only in {None, "streams"}:
         _streams(report, driver)

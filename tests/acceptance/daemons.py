@@ -36,6 +36,14 @@ CALL_TIMEOUT_S = 120.0 * PATIENCE
 _LOG_TAIL_CHARS = 6_000
 
 
+def write_disk(device: Path | str, data: bytes) -> None:
+    """Write to the beginning of a disk, durably: closing it writes nothing while udev has the device open, too."""
+    with Path(device).open("r+b") as disk:
+        disk.write(data)
+        disk.flush()
+        os.fsync(disk.fileno())
+
+
 class RpcFailureError(AssertionError):
     """A method answered with an error; ``text`` is the wire's error string."""
 

@@ -17,7 +17,7 @@ from imaging.sendstream.receiving import VolumeReceiver
 from imaging.sendstream.records import HEADER_BYTES, Begin, Feature, parse
 from imaging.sendstream.resume import ResumeToken
 from imaging.sendstream.volume import apply_stream
-from tests.acceptance.daemons import Agent
+from tests.acceptance.daemons import Agent, write_disk
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
 from tests.waiting import wait_until
@@ -35,8 +35,7 @@ def body() -> bytes:
 def volume(agent: Agent, body: bytes) -> Path:
     """A volume with a snapshot ``f@s1``, and a changed one beside it."""
     device = Path(agent.call("CreateVolume", id="f", size=SIZE // MIB)["volumes"][0]["device"])
-    with device.open("r+b") as file:
-        file.write(body)
+    write_disk(device, body)
     agent.call("CreateSnapshot", id="f", dest="s1")
     return device
 
@@ -73,10 +72,9 @@ def test_download_by_query_is_the_same(agent: Agent) -> None:
 def changed(agent: Agent, body: bytes) -> bytes:
     """What a second snapshot ``g@s2`` holds, of a volume of its own with a first one ``g@s1``."""
     device = Path(agent.call("CreateVolume", id="g", size=SIZE // MIB)["volumes"][0]["device"])
-    device.write_bytes(body)
+    write_disk(device, body)
     agent.call("CreateSnapshot", id="g", dest="s1")
-    with device.open("r+b") as file:
-        file.write(b"changed!" * 4096)
+    write_disk(device, b"changed!" * 4096)
     agent.call("CreateSnapshot", id="g", dest="s2")
     return b"changed!" * 4096 + body[8 * 4096 :]
 

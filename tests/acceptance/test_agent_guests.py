@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imaging.sendstream.validator import StreamValidator
-from tests.acceptance.daemons import Agent, start_agent
+from tests.acceptance.daemons import Agent, start_agent, write_disk
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
 
@@ -81,8 +81,7 @@ def test_thin_disk_may_be_larger_than_what_is_left_and_a_thick_one_not(agent: Ag
 def test_create_guest_disks_keeps_existing_ones(agent: Agent) -> None:
     wanted = guest("g2", {"size": 1})
     made = agent.call("CreateGuestDisks", guest=wanted)["guest"]["disks"][0]
-    with Path(made["source"]).open("r+b") as device:
-        device.write(b"mine")
+    write_disk(made["source"], b"mine")
     more = guest("g2", {"size": 1}, {"image": "base"})
     disks = agent.call("CreateGuestDisks", guest=more)["guest"]["disks"]
     assert disks[0]["source"] == made["source"]

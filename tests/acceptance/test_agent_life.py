@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from demo.servers.processes import free_port
-from tests.acceptance.daemons import ROOT, RpcFailureError, clean_environment, new_agent, start_agent
+from tests.acceptance.daemons import ROOT, RpcFailureError, clean_environment, new_agent, start_agent, write_disk
 from tests.fakes.agent_world import MIB, disk
 from tests.fakes.image_server import FakeImageServer
 from tests.integration.zfs_pool import there
@@ -204,8 +204,7 @@ def test_table_of_the_original_is_taken_over_once(
     state_dir, pool = tmp_path / "state", own_pool
     with start_agent(state_dir, driver=driver, zpool=pool) as agent:
         volume = agent.call("CreateVolume", id="images/old", size=2)["volumes"][0]
-        with Path(volume["device"]).open("r+b") as device:
-            device.write(b"old content")
+        write_disk(volume["device"], b"old content")
         agent.call("CreateSnapshot", id="images/old", dest="first")
         assert agent.call("ListImages") == {"images": []}
     old = {

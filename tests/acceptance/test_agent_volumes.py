@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.daemons import Agent
+from tests.acceptance.daemons import Agent, write_disk
 
 
 def ids(answer: dict[str, list[dict[str, object]]]) -> list[object]:
@@ -123,8 +123,7 @@ def test_create_snapshot_recursive_returns_all(agent: Agent, pool: str) -> None:
 
 def test_snapshot_size_is_what_was_written(agent: Agent) -> None:
     volume = agent.call("CreateVolume", id="written", size=8)["volumes"][0]
-    with Path(volume["device"]).open("r+b") as device:
-        device.write(bytes(range(256)) * 4096 * 3)
+    write_disk(volume["device"], bytes(range(256)) * 4096 * 3)
     assert agent.call("CreateSnapshot", id="written", dest="s1")["snapshots"][0]["size"] == 3
     assert agent.call("CreateSnapshot", id="written", dest="s2")["snapshots"][0]["size"] == 0
 
@@ -141,8 +140,7 @@ def test_delete_snapshot_recursive_returns_what_was_deleted(agent: Agent, pool: 
 def test_rollback_over_newer_snapshots_needs_destroy_more_recent(agent: Agent, pool: str) -> None:
     volume = agent.call("CreateVolume", id="roll", size=1)["volumes"][0]
     agent.call("CreateSnapshot", id="roll", dest="s1")
-    with Path(volume["device"]).open("r+b") as device:
-        device.write(b"later")
+    write_disk(volume["device"], b"later")
     agent.call("CreateSnapshot", id="roll", dest="s2")
     text = agent.error("RollbackSnapshot", id="roll@s1")
     assert "s2" in text or "newer" in text or "recent" in text, text

@@ -21,6 +21,16 @@ def test_own_process_is_found_as_holder_of_what_it_has_open() -> None:
     assert any(text.startswith(f"process {os.getpid()} (") for volume, text in found if volume == "tank/v")
 
 
+def test_own_process_is_no_holder_of_what_it_only_looks_at() -> None:
+    """What :func:`devices.look` has open for a moment must not be told to a caller as what is in the way."""
+    fd = os.open("/dev/zero", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = list(devices._processes({"/dev/zero": "tank/v"}))
+    finally:
+        os.close(fd)
+    assert not any(text.startswith(f"process {os.getpid()} (") for _, text in found)
+
+
 def test_partition_belongs_to_its_volume() -> None:
     nodes = {"/dev/zd16": "tank/v"}
     assert devices._volume_behind("/dev/zd16", nodes) == "tank/v"

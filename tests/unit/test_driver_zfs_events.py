@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind, SnapshotInfo
-from agent_image.drivers.zfs.events import EVERYTHING, NOTHING, Event, Look, look_for, parse
+from agent_image.drivers.zfs.events import EVERYTHING, MISSED, NOTHING, Event, Look, look_for, parse
 from agent_image.drivers.zfs.index import PoolIndex
 from imaging.names import DatasetName, SnapshotName
 
-PRINTED = """Nov 21 2026 01:56:54.368783122\tsysevent.fs.zfs.history_event
+PRINTED = b"""Nov 21 2026 01:56:54.368783122\tsysevent.fs.zfs.history_event
         version = 0x0
         class = "sysevent.fs.zfs.history_event"
         pool = "tank"
@@ -28,24 +28,36 @@ Nov 21 2026 01:56:55.0\tsysevent.fs.zfs.pool_export
         eid = 0x36
 
 dropped 12 events
-"""
+Nov 21 2026 01:56:56.0\tsysevent.fs.zfs.pool_import
+        class = "sysevent.fs.zfs.pool_import"
+        time = 0x6b00fa68 0x0
+
+Nov 21 2026 01:56:57.0\tsysevent.fs.zfs.half_of_it
+        class = "sysevent.fs"""
+EVENTS = [
+    Event("sysevent.fs.zfs.history_event", "tank/fs/c", "set", "mistify:id=clone", 0x15, 0x6B00FA66),
+    Event("sysevent.fs.zfs.pool_export", time_s=0x6B00FA67),
+    MISSED,
+    Event("sysevent.fs.zfs.pool_import", time_s=0x6B00FA68),
+]
 
 
-def test_printed_events_are_taken_apart() -> None:
-    assert list(parse(PRINTED.splitlines(keepends=True))) == [
-        Event("sysevent.fs.zfs.history_event", "tank/fs/c", "set", "mistify:id=clone", 0x15, 0x6B00FA66),
-        Event("sysevent.fs.zfs.pool_export", time_s=0x6B00FA67),
-        Event("dropped"),
-    ]
+@pytest.mark.parametrize("size", [1, 7, 100, len(PRINTED)])
+def test_printed_events_are_taken_apart_however_they_arrive(size: int) -> None:
+    assert list(parse(PRINTED[start : start + size] for start in range(0, len(PRINTED), size))) == EVENTS
+
+
+def test_output_that_is_no_event_is_not_kept_for_ever() -> None:
+    assert list(parse([b"x" * 700_000, b"y" * 700_000, b"\n\n", PRINTED])) == [MISSED, *EVENTS]
 
 
 def test_value_with_line_ends_does_not_become_another_event_field() -> None:
     lines = [
-        '        history_dsname = "tank/v"\n',
-        '        history_internal_str = "a:b=x\n',
-        '        history_dsname = "tank/w""\n',
+        b'        history_dsname = "tank/v"\n',
+        b'        history_internal_str = "a:b=x\n',
+        b'        history_dsname = "tank/w""\n',
     ]
-    (event,) = parse([*lines, "\n"])
+    (event,) = parse([*lines, b"\n"])
     assert event.dataset == "tank/v"
 
 

@@ -131,6 +131,16 @@ def test_source_that_fails_is_reported_and_the_kernel_gets_no_end() -> None:
     assert 0 < len(kernel.got) < 100_000
 
 
+def test_what_is_wrong_with_the_source_is_reported_however_the_kernel_fails() -> None:
+    def confused(fd: int) -> None:
+        while os.read(fd, 1 << 16):
+            pass
+        raise ValueError("not a whole record")
+
+    with pytest.raises(UnavailableError, match="sender went away"):
+        pour(BrokenSource(samples.load(FULL)[:100_000]), None, confused)
+
+
 def test_kernel_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(firewall, "STALL_TIMEOUT_S", 0.05)
     monkeypatch.setattr(firewall, "PIPE_BYTES", 4096)

@@ -398,14 +398,19 @@ class ZfsDatasets(ZfsCore):
     # -- devices somebody holds --------------------------------------------------------------------------------------
 
     def _while_busy(self, call: Callable[[], None], name: DatasetName, volumes: Sequence[DatasetName]) -> None:
-        """Call again while all that is in the way is udev's look at a device; then say who holds it."""
-        deadline, tick = time.monotonic() + self._device_busy_timeout_s, threading.Event()
+        """Call again while all that is in the way is udev's look at a device; then say who holds it.
+
+        The time for one device: as long as parts of ``name`` go, it begins anew.
+        """
+        left, deadline, tick = -1, 0.0, threading.Event()
         while True:
             try:
                 call()
             except BusyError as err:
                 if err.dependants:
                     raise
+                if left != (left := self._count(name)):
+                    deadline = time.monotonic() + self._device_busy_timeout_s
                 holders = self._holders(volumes)
                 if any(not is_passing(holder) for holder in holders) or time.monotonic() > deadline:
                     raise BusyError(f"{name} is in use by {', '.join(holders) or 'the kernel'}", holders) from err

@@ -302,4 +302,11 @@ def _open_files(process: int) -> Iterator[str]:
     with contextlib.suppress(OSError):
         for fd in os.listdir(directory):  # noqa: PTH208
             with contextlib.suppress(OSError):  # closed meanwhile, like the listing's own descriptor
-                yield os.readlink(f"{directory}/{fd}")  # noqa: PTH115
+                target = os.readlink(f"{directory}/{fd}")  # noqa: PTH115
+                if process != os.getpid() or not _only_looks(int(fd)):
+                    yield target
+
+
+def _only_looks(fd: int) -> bool:
+    """Whether a descriptor of ours is one of :func:`look`, which is closed at once: who uses a volume's bytes opens it blocking."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK)

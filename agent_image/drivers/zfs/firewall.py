@@ -253,8 +253,10 @@ def _result(receiving: Future[None]) -> None:
 
 
 def _wait_for_refusal(receiving: Future[None]) -> None:
-    """The kernel got no END, so it must fail, and has dropped what it had when this returns."""
+    """The kernel got no END, so it must fail, and has dropped what it had when this returns. How it says so is not the caller's matter."""
     try:
         _result(receiving)
     except MistifyError as err:
         log.debug("zfs_receive_abandoned", extra={"reason": err.code})
+    except Exception:
+        log.warning("zfs_receive_failed_unexpectedly", exc_info=True)

@@ -14,7 +14,7 @@ from agent_image.drivers.zfs import binding
 from agent_image.drivers.zfs.descriptors import open_on
 from agent_image.drivers.zfs.errors import Failure, Operation, translate
 from agent_image.drivers.zfs.ownership import ZFS_DEVICE
-from imaging.errors import MistifyError, NotFoundError, UnavailableError
+from imaging.errors import BadDataError, MistifyError, NotFoundError, UnavailableError
 
 Values = Mapping[str, int | str]
 
@@ -186,10 +186,17 @@ class Lzc:
     def receive(self, name: str, fd: int, *, origin: str | None, properties: Values) -> None:
         """Receive the stream read from ``fd``; sets ``properties`` on a dataset it creates."""
         with self._translated(Operation.RECEIVE, name):
-            _, begin = self._library.receive_header(fd)
+            begin = self._first_record(name, fd)
             self._library.lzc_receive_with_cmdprops(
                 name.encode(), fd, begin, origin=origin.encode() if origin else None, cmdprops=encode(properties)
             )
+
+    def _first_record(self, name: str, fd: int) -> Any:
+        """BadDataError if the stream ends before it; pyzfs says ValueError then."""
+        try:
+            return self._library.receive_header(fd)[1]
+        except ValueError as err:
+            raise BadDataError(f"the stream for {name} ends within its first record") from err
 
     def program(self, text: str, names: Sequence[str], *, sync: bool = False) -> dict[bytes, Any]:
         """Run a channel program over ``names``; what it returned."""

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from agent_image.drivers.zfs import survey
 from agent_image.drivers.zfs.command import ENVIRONMENT, program
-from agent_image.drivers.zfs.devices import SYS_BLOCK, volume_of
-from agent_image.drivers.zfs.events import EVERYTHING, Event, Look, look_for, parse
+from agent_image.drivers.zfs.events import EVERYTHING, MISSED, Event, Look, look_for, parse
 from agent_image.drivers.zfs.index import PoolIndex
 from agent_image.drivers.zfs.lzc import Lzc
-from imaging.errors import InvalidNameError, MistifyError, NotFoundError
+from agent_image.drivers.zfs.sizes import DeviceSizes
+from imaging.errors import MistifyError, NotFoundError
 from imaging.names import DatasetName, PoolName, SnapshotName
 
 TICK_S = 0.5
@@ -40,8 +38,6 @@ RESTART_INTERVAL_S = 5.0
 STOP_TIMEOUT_S = 10.0
 CLOCK_SLACK_S = 2
 """Events carry whole seconds."""
-MISSED = Event("dropped")
-"""What the kernel's own notice of lost events says."""
 GONE = frozenset({"sysevent.fs.zfs.pool_export", "sysevent.fs.zfs.pool_destroy"})
 BACK = frozenset({"sysevent.fs.zfs.pool_import", "sysevent.fs.zfs.pool_create"})
 
@@ -60,7 +56,7 @@ class Watch:
         self._stopping = threading.Event()
         self._follower: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
-        self._sizes: dict[str, str] = {}
+        self._sizes = DeviceSizes(pool)
         self._compared_s = self._compare_cost_s = self._sizes_read_s = 0.0
         self.is_pool_there = True
 
@@ -68,8 +64,8 @@ class Watch:
         """Begin to follow, then read the whole pool, so that nothing falls between."""
         self._begin_s = int(time.time()) - CLOCK_SLACK_S
         self._follow()
+        self._sizes.remember()
         self.compare()
-        self._sizes = _device_sizes()
         for target in (self._read_events, self._look_at_changes):
             thread = threading.Thread(target=target, name=f"zfs-watch-{self._pool}", daemon=True)
             thread.start()
@@ -118,7 +114,7 @@ class Watch:
             assert follower is not None
             assert follower.stdout is not None
             with follower.stdout as pipe:
-                for event in parse(self._lines(pipe.fileno())):
+                for event in parse(self._pieces(pipe.fileno())):
                     self._take(event)
             follower.wait()
             if self._stopping.wait(RESTART_INTERVAL_S):
@@ -127,16 +123,14 @@ class Watch:
             self._follow()
             self._take(MISSED)
 
-    def _lines(self, fd: int) -> Iterator[str]:
-        """Lines as they come, but not one by one: waking up for each event would slow down the calls that cause them."""
-        rest = b""
+    def _pieces(self, fd: int) -> Iterator[bytes]:
+        """What comes, some events at a time: waking up for each would slow down the calls that cause them."""
         while data := os.read(fd, READ_BYTES):
-            *lines, rest = (rest + data).split(b"\n")
-            yield from (line.decode("utf-8", "surrogateescape") for line in lines)
+            yield data
             self._stopping.wait(READ_PAUSE_S)
 
     def _take(self, event: Event) -> None:
-        if event.time_s < self._begin_s and event.kind != "dropped":
+        if event.time_s < self._begin_s and event != MISSED:
             return
         if event.kind in GONE:
             self.is_pool_there = False
@@ -218,30 +212,9 @@ class Watch:
                 self._index.apply_snapshots(reading, info.name, own)
 
     def _changed_sizes(self) -> list[Look]:
-        """Volumes whose devices have another size than before: that is how a new ``volsize`` shows."""
+        """A new ``volsize`` has no event, but shows in the size of the device."""
         if time.monotonic() - self._sizes_read_s < SIZES_INTERVAL_S:
             return []
-        old, self._sizes = self._sizes, _device_sizes()
+        found = self._sizes.differing(self._index)
         self._sizes_read_s = time.monotonic()
-        changed = [node for node, size in self._sizes.items() if node in old and old[node] != size]
-        names = [_volume_name(node) for node in changed]
-        return [Look(datasets=(name,)) for name in names if name is not None and name.pool == self._pool]
-
-
-def _device_sizes() -> dict[str, str]:
-    sizes = {}
-    for entry in SYS_BLOCK.iterdir():
-        if re.fullmatch(r"zd\d+", entry.name):
-            try:
-                sizes[entry.name] = (entry / "size").read_text()
-            except OSError:  # destroyed while we look
-                continue
-    return sizes
-
-
-def _volume_name(node: str) -> DatasetName | None:
-    name = volume_of(Path("/dev", node))
-    try:
-        return None if name is None else DatasetName.parse(name)
-    except InvalidNameError:
-        return None
+        return [Look(datasets=(name,)) for name in found]
