@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from agent_image.fetch_server import ImageServer
 from agent_image.jobs import PENDING_MAX
 from imaging.errors import InvalidNameError, MistifyError
 from imaging.names import PoolName
+from imaging.release import release
 from rpc.auth import load_token
 from rpc.daemon import run_daemon
 from rpc.options import CONTEXT_SETTINGS, config_option, daemon_options, daemon_settings
@@ -40,13 +40,6 @@ from rpc.server import ServerSettings
 COMPONENT = "mistify-agent-image"
 
 log = logging.getLogger("agent_image")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("mistify-image-stack")
-    except metadata.PackageNotFoundError:
-        return "0"  # run from a checkout that was never installed
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
@@ -97,13 +90,13 @@ def _version() -> str:
     "--fetch-timeout", type=click.FloatRange(0.1), default=FetchLimits().total_s, help="Seconds for one image."
 )
 @config_option()
-@click.version_option(_version(), message="%(version)s")
+@click.version_option(release(), message="%(version)s")
 def main(**params: Any) -> None:
     """Give guests their disks: images, volumes, snapshots and clones of one pool, by JSON-RPC over HTTP.
 
     Every option can be set in the environment too: --max-pending as MISTIFY_MAX_PENDING, and so on.
     """
-    daemon = daemon_settings(params, component=COMPONENT, version=_version(), use_uvloop=True)
+    daemon = daemon_settings(params, component=COMPONENT, version=release(), use_uvloop=True)
     try:
         settings = _agent_settings(params)
     except MistifyError as err:

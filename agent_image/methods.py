@@ -144,8 +144,9 @@ class SnapshotMethods:
         return _snapshots(made)
 
     async def delete_snapshot(self, request: wire.SnapshotRequest) -> wire.SnapshotsAnswer:
-        """Destroy a snapshot, or also those of its name below."""
-        return _snapshots(await self._store.delete_snapshot(request.id, recursive=request.recursive))
+        """Destroy a snapshot, or also those of its name below; what has to wait because of ``defer`` is not in the answer."""
+        gone = await self._store.delete_snapshot(request.id, recursive=request.recursive, defer=request.defer)
+        return _snapshots(gone)
 
     async def rollback_snapshot(self, request: wire.SnapshotRequest) -> wire.SnapshotsAnswer:
         """Make a dataset what it was when the snapshot was taken."""

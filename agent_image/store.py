@@ -168,11 +168,16 @@ class ImageStore:
         """Take a snapshot; what was made."""
         return await to_its_end(self._snapshots.create(wire_id, dest, recursive=recursive))
 
-    async def delete_snapshot(self, wire_id: str, *, recursive: bool = False) -> Sequence[Snapshot]:
-        """Destroy a snapshot; what was destroyed. NotPermittedError if an image consists of it."""
+    async def delete_snapshot(
+        self, wire_id: str, *, recursive: bool = False, defer: bool = False
+    ) -> Sequence[Snapshot]:
+        """Destroy a snapshot; what was destroyed. NotPermittedError if an image consists of it.
+
+        BusyError names what needs it, unless ``defer`` says that it may go later.
+        """
         info = await self._snapshots.find(wire_id)
         self._check_no_image(info.name, recursive=recursive)
-        return await to_its_end(self._snapshots.destroy(wire_id, recursive=recursive))
+        return await to_its_end(self._snapshots.destroy(wire_id, recursive=recursive, defer=defer))
 
     def _check_no_image(self, name: SnapshotName, *, recursive: bool) -> None:
         images = self._images.guarding(name, recursive=recursive)

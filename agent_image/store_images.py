@@ -20,12 +20,16 @@ from agent_image.store_pool import Pool, Volume
 from agent_image.store_volumes import Volumes, already_exists
 from imaging.errors import BusyError, InvalidArgumentError, InvalidNameError, MistifyError, NotFoundError
 from imaging.names import DatasetName, ImageId, SnapshotName
+from imaging.release import release
 
 PROPERTY_IMAGE = "mistify:image"
 PROPERTY_TYPE = "mistify:type"
 PROPERTY_SOURCE = "mistify:source"
 PROPERTY_DIGEST = "mistify:digest"
 PROPERTY_SNAPSHOT = "mistify:snapshot"
+PROPERTY_CREATED_BY = "mistify:created-by"
+CREATED_BY = f"mistify-agent-image {release()}"
+"""So that an administrator sees who put a dataset there, and which release wrote what looks odd."""
 
 _PROPERTY_VALUE_MAX = 1024
 """What every version of ZFS takes as the value of a user property."""
@@ -37,7 +41,8 @@ def mark(image_id: str, snapshot: str, *, kind: str, source: str, digest: str) -
     """Properties that say: this dataset is that image, whole and verified."""
     facts = {PROPERTY_TYPE: kind, PROPERTY_SOURCE: source, PROPERTY_DIGEST: digest}
     kept = {name: value for name, value in facts.items() if 0 < len(value.encode()) < _PROPERTY_VALUE_MAX}
-    return kept | {PROPERTY_IMAGE: image_id, PROPERTY_SNAPSHOT: snapshot, "readonly": "on"}
+    ours = {PROPERTY_IMAGE: image_id, PROPERTY_SNAPSHOT: snapshot, PROPERTY_CREATED_BY: CREATED_BY}
+    return kept | ours | {"readonly": "on"}
 
 
 class Images:

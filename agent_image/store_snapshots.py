@@ -61,20 +61,20 @@ class Snapshots:
             made = await self._pool.run(self._pool.driver.snapshot, name, recursive=recursive)
             return await self._show([one.name for one in made if not self._pool.is_hidden(one.name.dataset)])
 
-    async def destroy(self, wire_id: str, *, recursive: bool) -> Sequence[Snapshot]:
-        """Destroy a snapshot (with ``recursive`` also those of that name below); what was destroyed."""
+    async def destroy(self, wire_id: str, *, recursive: bool, defer: bool) -> Sequence[Snapshot]:
+        """Destroy a snapshot (with ``recursive`` also those of that name below); what was destroyed, not what is deferred."""
         info = await self.find(wire_id)
         async with self._pool.locks.hold(info.name.dataset):
-            return await self._pool.run(self._destroy, info.name, recursive)
+            return await self._pool.run(self._destroy, info.name, recursive=recursive, defer=defer)
 
-    def _destroy(self, name: SnapshotName, recursive: bool) -> Sequence[Snapshot]:  # noqa: FBT001 - private
+    def _destroy(self, name: SnapshotName, *, recursive: bool, defer: bool) -> Sequence[Snapshot]:
         doomed = [name]
         if recursive:
             infos = self._pool.driver.list_snapshots(name.dataset)
             doomed = [info.name for info in infos if info.name.snapshot == name.snapshot]
         # Sizes can only be read before; the driver says what really went.
         sizes = {shown.name: shown for shown in self._pool.show_snapshots(doomed)}
-        gone = self._pool.driver.destroy_snapshot(name, recursive=recursive)
+        gone = self._pool.driver.destroy_snapshot(name, recursive=recursive, defer=defer)
         return [sizes.get(one, Snapshot(one, 0)) for one in gone if not self._pool.is_hidden(one.dataset)]
 
     async def rollback(self, wire_id: str, *, destroy_newer: bool) -> Snapshot:

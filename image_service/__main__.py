@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
@@ -12,25 +11,19 @@ import click
 from image_service.app import create
 from image_service.config import DEFAULT_PORT, service_config, service_options, translate_original
 from imaging.errors import MistifyError
+from imaging.release import release
 from rpc.daemon import run_daemon
 from rpc.options import CONTEXT_SETTINGS, config_option, daemon_options, daemon_settings
-
-
-def _version() -> str:
-    try:
-        return version("mistify-image-stack")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @click.command(context_settings=CONTEXT_SETTINGS)
 @daemon_options(default_port=DEFAULT_PORT, port_flag="-a")
 @config_option("-c", "--config-file", translate=translate_original)
 @service_options
-@click.version_option(_version())
+@click.version_option(release())
 def main(**params: Any) -> None:
     """Store images, fetch them from their sources, and serve them to hypervisors."""
-    settings = daemon_settings(params, component="mistify-image-service", version=_version(), use_uvloop=False)
+    settings = daemon_settings(params, component="mistify-image-service", version=release(), use_uvloop=False)
     try:
         config = service_config(params)
     except MistifyError as err:

@@ -188,6 +188,8 @@ class SnapshotRequest(Message, kw_only=True, omit_defaults=True):
     dest: str = msgspec.field(default_factory=str)
     recursive: bool = msgspec.field(default_factory=bool)
     destroy_more_recent: bool = msgspec.field(default_factory=bool, name="destroyMoreRecent")
+    defer: bool = False
+    """Ours: true deletes a snapshot that is needed (by clones, holds, a running download) as soon as nothing needs it."""
 
 
 class DownloadRequest(Message, kw_only=True, omit_defaults=True):

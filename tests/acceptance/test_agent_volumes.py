@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.acceptance.daemons import Agent, write_disk
+from tests.waiting import wait_until
 
 
 def ids(answer: dict[str, list[dict[str, object]]]) -> list[object]:
@@ -135,6 +138,20 @@ def test_delete_snapshot_recursive_returns_what_was_deleted(agent: Agent, pool: 
     assert ids(agent.call("DeleteSnapshot", id="del@s", recursive=True)) == [f"{pool}/del@s", f"{pool}/del/v@s"]
     assert ids(agent.call("DeleteSnapshot", id="del/v@t")) == [f"{pool}/del/v@t"]
     assert agent.call("ListSnapshots", id="del") == {"snapshots": []}
+
+
+def test_delete_snapshot_that_is_needed_waits_only_if_asked_to(agent: Agent, pool: str) -> None:
+    """What needs it is a download that nobody reads: it is more than fits between us and the agent."""
+    size_mib = 32
+    device = agent.call("CreateVolume", id="needed", size=size_mib)["volumes"][0]["device"]
+    write_disk(device, random.Random(size_mib).randbytes(size_mib << 20))
+    agent.call("CreateSnapshot", id="needed", dest="s")
+    with requests.get(f"{agent.url}/snapshots/download", params={"id": "needed@s"}, stream=True, timeout=60) as sent:
+        assert sent.raw.read(1)
+        assert f"{pool}/needed@s" in agent.error("DeleteSnapshot", id="needed@s")
+        assert agent.call("DeleteSnapshot", id="needed@s", defer=True) == {"snapshots": []}
+        assert ids(agent.call("ListSnapshots", id="needed")) == [f"{pool}/needed@s"]
+    wait_until(lambda: not ids(agent.call("ListSnapshots", id="needed")), "the snapshot to go with its last need")
 
 
 def test_rollback_over_newer_snapshots_needs_destroy_more_recent(agent: Agent, pool: str) -> None:

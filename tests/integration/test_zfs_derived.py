@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from agent_image.drivers.zfs import ZfsDriver
 from imaging.digests import Digest
 from imaging.errors import ConflictError
 from imaging.names import DatasetName, SnapshotName
-from tests.contracts.storage_driver_tools import clear, read_all, stream_of, take, write
+from tests.contracts.storage_driver_tools import read_all, stream_of, take, write
 from tests.fakes.derive_world import DeriveWorld, open_derive_world, unpack
 from tests.fakes.disk_files import changed, disk_bytes, qcow2
-from tests.integration.zfs_pool import lab_pool
+from tests.integration.zfs_pool import lab_driver, new_place
 
 pytestmark = pytest.mark.backend("zfs")
 
@@ -24,23 +23,17 @@ OLD = disk_bytes(1, 256)
 NEW = changed(OLD, 3, 40, 200)
 LONGER = changed(NEW, 7) + disk_bytes(4, 16)
 
-_serial = itertools.count(1)
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool())
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver() as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"derived-{next(_serial)}"
-    driver.create_filesystem(name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "derived") as name:
+        yield name
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import subprocess
@@ -19,8 +18,8 @@ from agent_image.drivers.zfs.devices import volume_of
 from imaging.errors import BusyError, NoSpaceError, UnavailableError
 from imaging.names import DatasetName, PoolName
 from tests.codec import samples
-from tests.contracts.storage_driver_tools import MIB, clear, make_volume, noise, read, receive, stream_of, take, write
-from tests.integration.zfs_pool import lab_pool, made_pool, run, sparse_file, there
+from tests.contracts.storage_driver_tools import MIB, make_volume, noise, read, receive, stream_of, take, write
+from tests.integration.zfs_pool import lab_driver, made_pool, new_place, run, sparse_file, there
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("zfs")
@@ -28,23 +27,17 @@ pytestmark = pytest.mark.backend("zfs")
 DEVICE_TIMEOUT_S = 120.0
 SMALL_POOL_BYTES = 96 * MIB
 
-_serial = itertools.count(1)
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool(), device_busy_timeout_s=30.0)
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver(device_busy_timeout_s=30.0) as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"faults-{next(_serial)}"
-    driver.create_filesystem(name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "faults") as name:
+        yield name
 
 
 # -- holders -------------------------------------------------------------------------------------------------------------

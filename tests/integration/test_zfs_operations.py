@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -10,28 +9,22 @@ import pytest
 from agent_image.drivers.zfs import ZfsDriver
 from imaging.errors import BusyError
 from imaging.names import DatasetName, SnapshotName
-from tests.contracts.storage_driver_tools import MIB, clear, make_volume, take
-from tests.integration.zfs_pool import lab_pool, run, there
+from tests.contracts.storage_driver_tools import MIB, make_volume, take
+from tests.integration.zfs_pool import lab_driver, new_place, run, there
 
 pytestmark = pytest.mark.backend("zfs")
-
-_serial = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool(), volblocksize_default_bytes=32 << 10)
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver(volblocksize_default_bytes=32 << 10) as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"operations-{next(_serial)}"
-    driver.create_filesystem(name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "operations") as name:
+        yield name
 
 
 def value(name: DatasetName | SnapshotName, *properties: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,29 +10,23 @@ from agent_image.drivers.zfs import ZfsDriver
 from agent_image.drivers.zfs.hidden import MARK
 from imaging.errors import NotFoundError
 from imaging.names import DatasetName
-from tests.contracts.storage_driver_tools import MIB, clear, make_volume, take
-from tests.integration.zfs_pool import lab_pool, run, there
+from tests.contracts.storage_driver_tools import MIB, make_volume, take
+from tests.integration.zfs_pool import lab_driver, new_place, run, there
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("zfs")
 
-_serial = itertools.count(1)
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool())
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver() as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"outside-{next(_serial)}"
-    driver.create_filesystem(name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "outside") as name:
+        yield name
 
 
 def seen(condition: Callable[[], bool], what: str) -> None:

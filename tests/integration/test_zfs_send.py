@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from imaging.names import DatasetName, SnapshotName
 from imaging.sendstream.package import PackagedDataset, packaged_datasets
 from imaging.sendstream.records import HEADER_BYTES, RecordType, payload_size
 from tests.acceptance.daemons import Agent, start_agent
-from tests.contracts.storage_driver_tools import MIB, clear, make_volume, noise, stream_of, take, write
-from tests.integration.zfs_pool import PROGRAM_TIMEOUT_S, lab_pool, run
+from tests.contracts.storage_driver_tools import MIB, make_volume, noise, stream_of, take, write
+from tests.integration.zfs_pool import PROGRAM_TIMEOUT_S, lab_driver, new_place, run
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("zfs")
@@ -38,24 +37,19 @@ FLAGS = {
 DATA_BYTES = 2 * MIB
 LARGE_BLOCK_BYTES = 256 << 10
 FIRST_PIECE_BYTES = 64 << 10
-_serial = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool())
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver() as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"send-{next(_serial)}"
-    driver.create_filesystem(name)
-    run("zfs", "set", "compression=lz4", name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "send") as name:
+        run("zfs", "set", "compression=lz4", name)
+        yield name
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from tests.codec import samples
 from tests.contracts.storage_driver_tools import (
     BLOCK_BYTES,
     MIB,
-    clear,
     make_volume,
     noise,
     receive,
@@ -29,7 +27,7 @@ from tests.contracts.storage_driver_tools import (
     take,
     write,
 )
-from tests.integration.zfs_pool import lab_pool, run, there
+from tests.integration.zfs_pool import lab_driver, new_place, run, there
 
 pytestmark = pytest.mark.backend("zfs")
 
@@ -56,23 +54,17 @@ DAMAGED_PLACES = 100
 READ_BYTES = 1 << 20
 SMALL_BLOCK_BYTES = 128 << 10
 
-_serial = itertools.count(1)
-
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[ZfsDriver]:
-    driver = ZfsDriver(lab_pool())
-    driver.open()
-    yield driver
-    driver.close()
+    with lab_driver() as driver:
+        yield driver
 
 
 @pytest.fixture
 def place(driver: ZfsDriver) -> Iterator[DatasetName]:
-    name = driver.pool.root / f"streams-{next(_serial)}"
-    driver.create_filesystem(name)
-    yield name
-    clear(driver, name)
+    with new_place(driver, "streams") as name:
+        yield name
 
 
 def digest(driver: StorageDriver, name: DatasetName | SnapshotName) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from agent_image.drivers.zfs import ZfsDriver
 from imaging.names import DatasetName, PoolName
+from tests.contracts.storage_driver_tools import clear
 from tests.waiting import wait_until
 
 PROGRAM_TIMEOUT_S = 120
+
+_serial = itertools.count(1)
 
 
 def lab_pool() -> PoolName:
@@ -24,10 +30,30 @@ def lab_pool() -> PoolName:
     return PoolName.parse(text)
 
 
-def run(*command: object, check: bool = True) -> str:
+@contextmanager
+def lab_driver(**settings: Any) -> Iterator[ZfsDriver]:
+    """A driver on the lab's pool, open for the block."""
+    driver = ZfsDriver(lab_pool(), **settings)
+    driver.open()
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+@contextmanager
+def new_place(driver: ZfsDriver, what: str) -> Iterator[DatasetName]:
+    """An empty filesystem for the block, and nothing of it afterwards."""
+    name = driver.pool.root / f"{what}-{next(_serial)}"
+    driver.create_filesystem(name)
+    yield name
+    clear(driver, name)
+
+
+def run(*command: object, check: bool = True, timeout_s: float = PROGRAM_TIMEOUT_S) -> str:
     """Run a program as an administrator would; what it printed."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
     if check:
         assert done.returncode == 0, f"{words}: {done.stderr}"
     return done.stdout

@@ -17,6 +17,7 @@ from agent_image.fetch_http import CancelToken, FetchLimits, HttpBody
 from agent_image.fetch_spool import Spool
 from agent_image.jobs import JobState
 from agent_image.records import ImageStatus
+from imaging.digests import Digest
 from imaging.errors import (
     BadDataError,
     ConflictError,
@@ -288,6 +289,8 @@ async def test_published_image_is_readonly_and_carries_its_mark(world: World, se
     assert info.properties["readonly"] == "on"
     assert info.properties["mistify:image"] == "img"
     assert info.properties["mistify:type"] == "container"
+    assert info.properties["mistify:digest"] == str(Digest.of(BODY))
+    assert info.properties["mistify:created-by"].startswith("mistify-agent-image ")
     assert world.driver.get_snapshot(SnapshotName.parse("mistify/images/img@image")).volsize_bytes == len(BODY)
     with pytest.raises(NotPermittedError):
         world.write(info.name, b"x")
