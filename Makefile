@@ -70,7 +70,7 @@ bench: venv ## Measure against the obvious alternatives, side by side; prints th
 
 bench-zfs: venv ## Measure the zfs driver beside the zfs program, on the pool of the lab (root; about a quarter of an hour)
 	@[ -e /sys/module/zfs/version ] || modprobe -q zfs 2>/dev/null || tests/lab/setup --no-probe
-	MISTIFY_PATIENCE=8 tests/lab/zfs-vm --udev light --timeout 3600 -- $(VENV)/bin/python -m bench.zfs
+	MISTIFY_PATIENCE=8 tests/lab/zfs-vm --cpus 1 --udev light --timeout 5400 -- $(VENV)/bin/python -m bench.zfs
 
 install: venv ## Install programs, systemd units and settings (DESTDIR, PREFIX=/usr/local, SYSCONFDIR=/etc)
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' VENV='$(VENV)' scripts/install

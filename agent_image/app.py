@@ -39,8 +39,10 @@ from rpc.dispatch import Registry
 from rpc.rest import render_text_error
 from rpc.server import LIFECYCLE, METRICS, ReadyCheck, ServerSettings, create_app
 
-DRIVER_THREADS = 8
-"""Calls to the pool at once: most wait for the driver's own locks or for the disk."""
+CHANGE_THREADS = 8
+"""Changes of the pool at once: most wait for the driver's own locks or for the disk."""
+ANSWER_THREADS = 4
+"""Looks at the pool at once: they come from memory as a rule."""
 
 TABLE_NAME = "agent.db"
 """Image records and jobs."""
@@ -67,8 +69,8 @@ class AgentParts:
     """The agent's objects, made once and wired together."""
 
     def __init__(self, settings: AgentSettings, driver: StorageDriver, table: KeyValue, metrics: AgentMetrics) -> None:
-        self.offload = Offload("driver", DRIVER_THREADS)
-        self.pool = Pool(driver, self.offload, observe=metrics.driver_call)
+        self.changes, self.answers = Offload("change", CHANGE_THREADS), Offload("answer", ANSWER_THREADS)
+        self.pool = Pool(driver, self.changes, self.answers, observe=metrics.driver_call)
         self.records = ImageRecords(table)
         volumes = Volumes(self.pool)
         self.images = Images(self.pool, self.records, volumes)
@@ -83,6 +85,11 @@ class AgentParts:
         guests = Guests(self.pool, self.images, volumes, ledger, block_bytes=settings.volblocksize_bytes)
         self.store = ImageStore(self.pool, self.images, volumes, Snapshots(self.pool), guests, self.fetches)
 
+    def close(self) -> None:
+        """Let calls to the pool end, refuse new ones."""
+        self.changes.close()
+        self.answers.close()
+
 
 async def create_agent(settings: AgentSettings, server: ServerSettings) -> web.Application:
     """The agent's application, open and at work; its cleanup closes everything."""
@@ -93,7 +100,7 @@ async def create_agent(settings: AgentSettings, server: ServerSettings) -> web.A
         stack.callback(driver.close)
         stack.callback(table.close)
         parts = AgentParts(settings, driver, table, metrics)
-        stack.callback(parts.offload.close)
+        stack.callback(parts.close)
         await asyncio.to_thread(_load_records, settings, parts)
         stack.callback(parts.fetches.close)
         stack.push_async_callback(parts.fetches.stop)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -39,6 +41,8 @@ def _observe_nothing(_operation: str, _duration_s: float) -> None:
     """Nobody counts."""
 
 
+TURN_LOOK_S = 2.0
+"""How often a change that waits for a thread looks whether there is any hope."""
 DEVICE_TIMEOUT_S = 10.0
 """What one volume's device may take to appear: under a second as a rule, more when hundreds are made at once."""
 LIST_DEVICES_TIMEOUT_S = 2.0
@@ -80,11 +84,16 @@ class Pool:
     do not exist for callers.
     """
 
-    def __init__(self, driver: StorageDriver, offload: Offload, *, observe: Observer = _observe_nothing) -> None:
+    def __init__(
+        self, driver: StorageDriver, changes: Offload, answers: Offload, *, observe: Observer = _observe_nothing
+    ) -> None:
+        """``changes`` are the threads of calls that may wait for disks or devices, ``answers`` those of calls that only look."""
         self.driver = driver
         self._observe = observe
         self.locks = SubtreeLocks()
-        self._offload = offload
+        self._changes = changes
+        self._turns = asyncio.Semaphore(changes.threads_max)
+        self._answers = answers
         self.root = driver.pool.root
         self.images = self.root / IMAGES
         self.guests = self.root / GUESTS
@@ -92,10 +101,35 @@ class Pool:
         """Guids of volumes the last list waited for in vain."""
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a blocking call (a driver's method) on a thread."""
+        """Run a blocking call that may change something on a thread; UnavailableError if there is none and no hope of one."""
+        async with self._turn():
+            return await self._observed(self._changes, function, *args, **kwargs)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of the threads for changes. They may all hang as long as the pool's disks are away, which the pool says when asked."""
+        while not await self._got_turn():
+            await self.look(self.driver.usage, self.root)
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _got_turn(self) -> bool:
+        try:
+            async with asyncio.timeout(TURN_LOOK_S):
+                return await self._turns.acquire()
+        except TimeoutError:
+            return False
+
+    async def look(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that only looks, on threads no change can keep: one hangs as long as the pool's disks are away."""
+        return await self._observed(self._answers, function, *args, **kwargs)
+
+    async def _observed(self, offload: Offload, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         started_s = time.perf_counter()
         try:
-            return await self._offload(function, *args, **kwargs)
+            return await offload(function, *args, **kwargs)
         finally:
             self._observe(function.__name__.lstrip("_"), time.perf_counter() - started_s)
 
@@ -201,7 +235,7 @@ class Pool:
 
     async def _known(self, function: Callable[[N], T], name: N) -> T:
         try:
-            return await self.run(function, name)
+            return await self.look(function, name)
         except NotFoundError as err:
             raise NotFoundError("not found") from err
 
@@ -213,7 +247,7 @@ class Pool:
         """What ``then`` makes of that, on the same thread: the ways to a thread are most of what a short answer costs."""
         if not wire_id:
             raise InvalidArgumentError("need an id")
-        return await self.run(self._find_and, then, await self.resolve(wire_id))
+        return await self.look(self._find_and, then, await self.resolve(wire_id))
 
     def _find_and(self, then: Callable[[DatasetInfo | SnapshotInfo], T], name: DatasetName | SnapshotName) -> T:
         if self.is_hidden(name.dataset if isinstance(name, SnapshotName) else name):

@@ -21,9 +21,9 @@ class Snapshots:
         name = await self._pool.resolve(wire_id) if wire_id else self._pool.root
         if isinstance(name, SnapshotName):
             info = await self._pool.get_snapshot(name)
-            return await self._pool.run(self._pool.show_snapshots, [info.name])
+            return await self._pool.look(self._pool.show_snapshots, [info.name])
         await self._pool.get(name)
-        return await self._pool.run(self._list, name)
+        return await self._pool.look(self._list, name)
 
     def _list(self, root: DatasetName) -> Sequence[Snapshot]:
         infos = self._pool.driver.list_snapshots(root)
@@ -42,7 +42,7 @@ class Snapshots:
         return info
 
     async def _show(self, names: Sequence[SnapshotName]) -> Sequence[Snapshot]:
-        shown = await self._pool.run(self._pool.show_snapshots, names)
+        shown = await self._pool.look(self._pool.show_snapshots, names)
         if len(shown) != len(names):
             raise NotFoundError("not found")
         return shown

@@ -25,7 +25,7 @@ class Volumes:
 
     async def list(self) -> Sequence[Volume]:
         """Every volume of the pool, in name order."""
-        return await self._pool.run(self._list)
+        return await self._pool.look(self._list)
 
     def _list(self) -> Sequence[Volume]:
         volumes = self._pool.driver.list(self._pool.root, kind=DatasetKind.VOLUME)

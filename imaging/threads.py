@@ -20,6 +20,7 @@ class Offload:
     """
 
     def __init__(self, name: str, threads_max: int) -> None:
+        self.threads_max = threads_max
         self._executor = ThreadPoolExecutor(threads_max, thread_name_prefix=name)
 
     async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -74,7 +74,7 @@ class World:
         """Everything that was opened, in the daemon's order."""
         await self.parts.fetches.stop()
         self.parts.fetches.close()
-        self.parts.offload.close()
+        self.parts.close()
         self.table.close()
         self.driver.close()
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from agent_image.app import CHANGE_THREADS
 from agent_image.drivers.zfs import ZfsDriver
 from imaging.errors import NotFoundError, UnavailableError
 from imaging.names import PoolName
+from tests.acceptance.daemons import Agent, start_agent
 from tests.codec import samples
 from tests.contracts.storage_driver_tools import make_volume, noise, read, receive, stream_of, take, write
 from tests.integration.zfs_pool import PROGRAM_TIMEOUT_S, made_pool, run, sparse_file, there
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.backend("zfs")
 POOL_BYTES = 512 << 20
 SECTOR_BYTES = 512
 END_TIMEOUT_S = 60.0 * PATIENCE
+CALLERS = 2 * CHANGE_THREADS
 ROUNDS = 2
 """Of each worker, before and after the pool was away."""
 
@@ -147,6 +150,44 @@ def test_pool_suspended_in_mid_call_is_unavailable_until_its_disk_is_back(disk: 
     else:
         receive(lost, (root / "w") @ "s", stream_of(lost, volume @ "s"))
     lost.create_filesystem(root / "g")
+
+
+@pytest.fixture
+def lost_agent(disk: FailingDisk, tmp_path: Path) -> Iterator[Agent]:
+    with (
+        made_pool(f"lost{os.getpid()}", disk.path) as pool,
+        start_agent(tmp_path / "state", driver="zfs", zpool=str(pool)) as agent,
+    ):
+        yield agent
+
+
+def test_agent_answers_while_its_pool_is_suspended(disk: FailingDisk, lost_agent: Agent) -> None:
+    """More changes hang in the kernel, or wait for one that does, than the agent has threads for them."""
+    pool = PoolName.parse(f"lost{os.getpid()}")
+    volume = lost_agent.call("CreateVolume", id="v", size=1)["volumes"][0]
+    snapshot = lost_agent.call("CreateSnapshot", id="v", dest="s")["snapshots"][0]
+    run("zpool", "sync", pool)
+    with ThreadPoolExecutor(CALLERS) as executor:
+        disk.fail()
+        changes = [
+            executor.submit(lost_agent.raw_call, "CreateVolume", {"id": f"n{number}", "size": 1})
+            for number in range(CALLERS)
+        ]
+        try:
+            wait_until(lambda: is_suspended(pool), "the pool to be suspended")
+            assert lost_agent.call("GetVolume", id="v")["volumes"] == [volume]
+            assert lost_agent.call("ListSnapshots")["snapshots"] == [snapshot]
+            assert "suspended" in lost_agent.error("CreateVolume", id="late", size=1)
+        finally:
+            disk.mend()
+            run("zpool", "clear", pool)
+        errors = [change.result(END_TIMEOUT_S)["error"] for change in changes]
+    assert all(error is None or "suspended" in error for error in errors), errors
+    wait_until(lambda: not is_suspended(pool), "the pool to be back")
+    for number in range(CALLERS):
+        lost_agent.call("CreateVolume", id=f"n{number}", size=1)
+    shown = {one["id"] for one in lost_agent.call("ListVolumes")["volumes"]}
+    assert shown == {f"{pool}/v"} | {f"{pool}/n{number}" for number in range(CALLERS)}
 
 
 def check_whole_names(driver: ZfsDriver) -> None:

@@ -63,7 +63,7 @@ async def stopped_half_way(state_dir: Path, server: FakeImageServer, **behaviour
     part = state_dir / SPOOL_NAME / "img.part"
     async with open_world(state_dir, server) as world:
         await world.store.request_image(FetchOrder.checked("img"), wait=False)
-        await world.parts.offload(
+        await world.parts.changes(
             wait_until, lambda: part.exists() and part.stat().st_size == HALF, "half of the image to be kept"
         )
     return part.stat().st_size

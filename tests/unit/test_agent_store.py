@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent_image.app import CHANGE_THREADS
 from agent_image.drivers.base import DatasetKind, StorageDriver
 from agent_image.fetch import FetchOrder
 from agent_image.guests import DiskRequest
@@ -99,11 +101,15 @@ def test_resolve_any_text_never_leaves_the_pool(wire_id: str) -> None:
 
         get_snapshot = get
 
-    async def directly(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    class Directly:
+        threads_max = 1
+
+        async def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
 
     async def resolve() -> None:
-        pool = Pool(cast("StorageDriver", NothingThere()), cast("Offload", directly))
+        here = cast("Offload", Directly())
+        pool = Pool(cast("StorageDriver", NothingThere()), here, here)
         try:
             name = await pool.resolve(wire_id)
         except InvalidNameError:
@@ -187,6 +193,42 @@ async def test_delete_dataset_that_is_cloned_elsewhere_names_the_clone(world: Wo
         await world.store.delete_dataset("a")
     assert "mistify/c" in caught.value.dependants
     assert (await world.store.get_volume("a")).size_bytes == MIB
+
+
+async def test_changes_that_hang_keep_nobody_from_an_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads for changes, and more: so it is while the disks of a pool are away."""
+    await world.store.create_volume("v", MIB)
+    await world.store.create_snapshot("v", "s")
+    disks_are_back = threading.Event()
+    destroy = world.driver.destroy
+
+    def hang(name: DatasetName, *, recursive: bool = False) -> None:
+        assert disks_are_back.wait(60)
+        destroy(name, recursive=recursive)
+
+    def suspended(_name: DatasetName) -> None:
+        raise UnavailableError("the pool is suspended")
+
+    monkeypatch.setattr(world.driver, "destroy", hang)
+    for number in range(CHANGE_THREADS + 2):
+        await world.store.create_volume(f"n{number}", MIB)
+    changes = [asyncio.ensure_future(world.store.delete_dataset(f"n{number}")) for number in range(CHANGE_THREADS + 2)]
+    try:
+        async with asyncio.timeout(60):
+            assert (await world.store.get_volume("v")).size_bytes == MIB
+            assert len(await world.store.list_volumes()) == CHANGE_THREADS + 3
+            assert [str(one.name) for one in await world.store.list_snapshots("")] == ["mistify/v@s"]
+        assert not any(change.done() for change in changes)
+        monkeypatch.setattr(world.driver, "usage", suspended)
+        refused = await asyncio.wait_for(asyncio.gather(*changes[CHANGE_THREADS:], return_exceptions=True), 60)
+        assert [type(one) for one in refused] == [UnavailableError] * 2
+    finally:
+        monkeypatch.undo()
+        disks_are_back.set()
+        await asyncio.gather(*changes, return_exceptions=True)
+    for number in range(CHANGE_THREADS, CHANGE_THREADS + 2):
+        await world.store.delete_dataset(f"n{number}")
+    assert [str(one.name) for one in await world.store.list_volumes()] == ["mistify/v"]
 
 
 # -- snapshots -------------------------------------------------------------------------------------------------------
