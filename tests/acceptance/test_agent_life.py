@@ -197,6 +197,28 @@ def test_restart_keeps_images_volumes_snapshots_and_clones(tmp_path: Path, drive
             assert [agent.call(method) for method in questions] == before
 
 
+def test_deleted_image_goes_with_its_last_clone_also_after_a_restart(
+    tmp_path: Path, driver: str, own_pool: str
+) -> None:
+    """What is kept aside for the clone is no caller's business: neither shown, nor in the way of a new image of that name."""
+    with FakeImageServer() as server:
+        server.serve("img", body := disk(4))
+        with start_agent(tmp_path / "state", image_service=server.address, driver=driver, zpool=own_pool) as agent:
+            agent.call("RequestImage", id="img")
+            agent.call("CloneImage", id="img", dest=f"{own_pool}/c")
+            agent.call("DeleteImage", id="img")
+            agent.restart()
+            assert agent.error("GetImage", id="img") == "not found"
+            assert [one["id"] for one in agent.call("ListVolumes")["volumes"]] == [f"{own_pool}/c"]
+            assert agent.call("ListSnapshots") == {"snapshots": []}
+            agent.call("RequestImage", id="img")
+            assert Path(agent.call("GetVolume", id="c")["volumes"][0]["device"]).read_bytes() == body
+            agent.call("DeleteDataset", id="c")
+            agent.call("DeleteImage", id="img")
+            if driver == "zfs":
+                assert there(own_pool) == [f"{own_pool}{rest}" for rest in ("", "/guests", "/images")]
+
+
 def test_table_of_the_original_is_taken_over_once(
     tmp_path: Path, driver: str, own_pool: str, old_table_directory: Path
 ) -> None:
