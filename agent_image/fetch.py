@@ -17,11 +17,12 @@ from typing import Any
 import msgspec
 
 from agent_image.drivers.base import Readable
-from agent_image.fetch_content import check_raw, decompressed, stream_snapshot
+from agent_image.fetch_content import HEAD_BYTES, check_raw, decompressed, is_qcow2, stream_snapshot
 from agent_image.fetch_http import CancelToken, FetchLimits, shown_url
 from agent_image.fetch_offers import Body, Offer, Offers
 from agent_image.fetch_pipe import ReadAhead, first_failure
-from agent_image.fetch_raw import stream_of_raw
+from agent_image.fetch_qcow2 import first_bytes
+from agent_image.fetch_raw import stream_of_disk, stream_of_raw
 from agent_image.fetch_server import ImageServer, check_source
 from agent_image.fetch_spool import Spool, Spools
 from agent_image.guests_space import SpaceLedger
@@ -238,16 +239,26 @@ class Fetcher:
         if snapshot is not None:
             self._receive(plain, incoming, snapshot, offer.origin)
             return snapshot
-        check_raw(plain)
+        toname = f"{incoming}@{RAW_SNAPSHOT}"
+        if is_qcow2(head := plain.peek(HEAD_BYTES)):
+            self._write_qcow2(plain, incoming, toname, offer)
+            return RAW_SNAPSHOT
+        check_raw(head)
         stream = stream_of_raw(
             plain,
-            f"{incoming}@{RAW_SNAPSHOT}",
+            toname,
             size_bytes=size_bytes,
             size_max_bytes=self._limits.image_max_bytes,
             guid=offer.guid,
         )
         self._receive(stream, incoming, RAW_SNAPSHOT)
         return RAW_SNAPSHOT
+
+    def _write_qcow2(self, plain: ReadAhead, incoming: DatasetName, toname: str, offer: Offer) -> None:
+        size_max_bytes = self._limits.image_max_bytes
+        with self._spools.disk_of_qcow2(plain, size_max_bytes=size_max_bytes) as disk:
+            check_raw(first_bytes(disk, HEAD_BYTES))
+            self._receive(stream_of_disk(disk, toname, guid=offer.guid), incoming, RAW_SNAPSHOT)
 
     def _receive(
         self, stream: Readable, incoming: DatasetName, snapshot: str, origin: SnapshotName | None = None

@@ -1,4 +1,4 @@
-"""A raw disk, as it streams in, turned into a volume stream, so that the pool takes both kinds of image the same way.
+"""A raw disk as it streams in, or a virtual disk that is here, turned into a volume stream: the pool takes all kinds of image the same way.
 
 A receive is published whole or not at all, keeps no second copy of the data, and skips zeros; nobody has to say beforehand how
 large the disk is.
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 from agent_image.drivers.base import Readable
 from imaging.digests import Digest
+from imaging.diskimage.base import Disk
 from imaging.errors import InvalidArgumentError, TooLargeError
-from imaging.sendstream.sending import derive_guid, make_stream_from
+from imaging.sendstream.sending import derive_guid, make_stream_from, make_stream_of
 from imaging.sendstream.writer import StreamHeader
 
 VOLBLOCKSIZE_BYTES = 16 << 10
@@ -83,11 +84,19 @@ def stream_of_raw(
     """
     if size_bytes is not None and size_bytes > size_max_bytes:
         raise TooLargeError(f"the image is larger than {size_max_bytes} bytes")
-    header = StreamHeader(
+    metered = _Metered(source, size_max_bytes)
+    return _Pieces(make_stream_from(metered, _header(toname, guid), size_bytes=size_bytes))
+
+
+def stream_of_disk(disk: Disk, toname: str, *, guid: int | None = None) -> Readable:
+    """The volume stream of a virtual disk that is all here; BadDataError if it turns out malformed."""
+    return _Pieces(make_stream_of(disk, _header(toname, guid)))
+
+
+def _header(toname: str, guid: int | None) -> StreamHeader:
+    return StreamHeader(
         guid=guid or secrets.randbits(64) or 1,
         toname=toname,
         volblocksize_bytes=VOLBLOCKSIZE_BYTES,
         creation_s=int(time.time()),
     )
-    metered = _Metered(source, size_max_bytes)
-    return _Pieces(make_stream_from(metered, header, size_bytes=size_bytes))

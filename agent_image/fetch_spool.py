@@ -14,12 +14,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
+from agent_image.drivers.base import Readable
+from agent_image.fetch_qcow2 import disk_of_qcow2
 from imaging import files
+from imaging.diskimage.base import Disk
 from imaging.errors import MistifyError, UnavailableError
 
 FREE_MIN_BYTES = 512 << 20
@@ -177,6 +181,10 @@ class Spools:
     def of(self, image_id: str) -> Spool:
         """What is kept of an image; ``image_id`` is well-formed."""
         return Spool(self._directory, image_id)
+
+    def disk_of_qcow2(self, source: Readable, *, size_max_bytes: int) -> AbstractContextManager[Disk]:
+        """The virtual disk of a qcow2 file, which is kept here while it is read."""
+        return disk_of_qcow2(source, self._directory, size_max_bytes=size_max_bytes, free_min_bytes=FREE_MIN_BYTES)
 
     def keep_only(self, image_ids: Collection[str]) -> None:
         """Remove what is kept of any other image, and leftovers."""

@@ -20,6 +20,7 @@ import zstandard
 from tests.acceptance.daemons import Agent, start_agent
 from tests.codec import samples
 from tests.fakes.agent_world import MIB, disk
+from tests.fakes.disk_files import qcow2
 from tests.fakes.image_server import FakeImageServer
 from tests.waiting import wait_until
 
@@ -60,6 +61,38 @@ def test_request_image_raw_disk_in_any_packing_is_here(
     assert agent.call("GetImage", id=image_id) == {"images": [image]}
     assert image in agent.call("ListImages")["images"]
     assert content_of(agent, image_id, pool) == body
+
+
+@pytest.mark.backend("qemu")
+@pytest.mark.parametrize("form", ["plain", "packed clusters", "gzip"])
+def test_request_image_qcow2_disk_is_here(
+    agent: Agent, image_server: FakeImageServer, pool: str, tmp_path: Path, form: str
+) -> None:
+    image_id, body = f"qcow2-{form[:4]}", disk(len(form), 2 * MIB) + bytes(5 * MIB) + disk(1)
+    file = qcow2(tmp_path, body, *(["-c"] if form == "packed clusters" else []))
+    image_server.serve(image_id, gzip.compress(file, 1) if form == "gzip" else file)
+    image = agent.call("RequestImage", id=image_id)["images"][0]
+    assert (image["size"], image["status"]) == (len(body) // MIB, "complete")
+    assert content_of(agent, image_id, pool) == body
+
+
+@pytest.mark.backend("qemu")
+@pytest.mark.parametrize(
+    ("form", "words"), [("backing file", "backing file"), ("cut off", "outside the file"), ("a qcow2 inside", "qcow2 format")]
+)
+def test_request_image_qcow2_that_could_harm_is_refused(
+    agent: Agent, image_server: FakeImageServer, tmp_path: Path, form: str, words: str
+) -> None:
+    """Whatever reaches out of the file, and what a program that guesses formats would take for another disk."""
+    whole = qcow2(tmp_path, disk(1, 2 * MIB))
+    if form == "backing file":
+        whole = qcow2(tmp_path, disk(1), "-B", "/etc/hostname", "-F", "raw")
+    elif form == "a qcow2 inside":
+        whole = qcow2(tmp_path, whole + bytes(-len(whole) % 512))
+    image_id = f"harm-{form.replace(' ', '-')}"
+    image_server.serve(image_id, whole[: -(64 << 10)] if form == "cut off" else whole)
+    assert words in agent.error("RequestImage", id=image_id)
+    assert agent.error("GetImage", id=image_id) == "not found"
 
 
 @pytest.mark.parametrize("packing", sorted(PACKERS))
