@@ -209,7 +209,8 @@ class StorageDriver(Protocol):
     ) -> Sequence[SnapshotName]:
         """Destroy a snapshot (and those of that name below); what was destroyed.
 
-        ``defer``: as soon as nothing needs it; what has to wait stays visible and is not in the answer.
+        ``defer``: as soon as nothing needs it; what has to wait stays visible and is not in the answer. A driver may refuse
+        that (BusyError) while it is being sent.
         """
 
     def rollback(self, name: SnapshotName, *, destroy_newer: bool = False) -> None:

@@ -78,7 +78,8 @@ def test_request_image_qcow2_disk_is_here(
 
 @pytest.mark.backend("qemu")
 @pytest.mark.parametrize(
-    ("form", "words"), [("backing file", "backing file"), ("cut off", "outside the file"), ("a qcow2 inside", "qcow2 format")]
+    ("form", "words"),
+    [("backing file", "backing file"), ("cut off", "outside the file"), ("a qcow2 inside", "qcow2 format")],
 )
 def test_request_image_qcow2_that_could_harm_is_refused(
     agent: Agent, image_server: FakeImageServer, tmp_path: Path, form: str, words: str

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
 from tests.acceptance.daemons import Agent, write_disk
+from tests.integration.zfs_pool import run
 from tests.waiting import wait_until
 
 
@@ -124,9 +127,14 @@ def test_create_snapshot_recursive_returns_all(agent: Agent, pool: str) -> None:
     assert set(made["snapshots"][0]) == {"id", "size"}
 
 
+def noise(size_mib: int) -> bytes:
+    """What takes as much room in a pool as it has bytes."""
+    return random.Random(size_mib).randbytes(size_mib << 20)
+
+
 def test_snapshot_size_is_what_was_written(agent: Agent) -> None:
     volume = agent.call("CreateVolume", id="written", size=8)["volumes"][0]
-    write_disk(volume["device"], bytes(range(256)) * 4096 * 3)
+    write_disk(volume["device"], noise(3))
     assert agent.call("CreateSnapshot", id="written", dest="s1")["snapshots"][0]["size"] == 3
     assert agent.call("CreateSnapshot", id="written", dest="s2")["snapshots"][0]["size"] == 0
 
@@ -140,14 +148,31 @@ def test_delete_snapshot_recursive_returns_what_was_deleted(agent: Agent, pool: 
     assert agent.call("ListSnapshots", id="del") == {"snapshots": []}
 
 
-def test_delete_snapshot_that_is_needed_waits_only_if_asked_to(agent: Agent, pool: str) -> None:
-    """What needs it is a download that nobody reads: it is more than fits between us and the agent."""
+@contextmanager
+def unread_download(agent: Agent, wire_id: str) -> Iterator[None]:
+    """Of a snapshot with more in it than fits between us and the agent."""
+    with requests.get(f"{agent.url}/snapshots/download", params={"id": wire_id}, stream=True, timeout=60) as sent:
+        assert sent.raw.read(1)
+        yield
+
+
+@contextmanager
+def hold(snapshot: str) -> Iterator[None]:
+    """An administrator's."""
+    run("zfs", "hold", "backup", snapshot)
+    yield
+    run("zfs", "release", "backup", snapshot)
+
+
+def test_delete_snapshot_that_is_needed_waits_only_if_asked_to(agent: Agent, pool: str, driver: str) -> None:
     size_mib = 32
     device = agent.call("CreateVolume", id="needed", size=size_mib)["volumes"][0]["device"]
-    write_disk(device, random.Random(size_mib).randbytes(size_mib << 20))
+    write_disk(device, noise(size_mib))
     agent.call("CreateSnapshot", id="needed", dest="s")
-    with requests.get(f"{agent.url}/snapshots/download", params={"id": "needed@s"}, stream=True, timeout=60) as sent:
-        assert sent.raw.read(1)
+    with unread_download(agent, "needed@s"):
+        assert f"needed by {pool}/needed@s is being" in agent.error("DeleteSnapshot", id="needed@s")
+    # ZFS does not defer what is being sent.
+    with hold(f"{pool}/needed@s") if driver == "zfs" else unread_download(agent, "needed@s"):
         assert f"{pool}/needed@s" in agent.error("DeleteSnapshot", id="needed@s")
         assert agent.call("DeleteSnapshot", id="needed@s", defer=True) == {"snapshots": []}
         assert ids(agent.call("ListSnapshots", id="needed")) == [f"{pool}/needed@s"]

@@ -97,9 +97,10 @@ def test_snapshot_that_is_being_sent_is_kept(driver: ZfsDriver, place: DatasetNa
     with ThreadPoolExecutor(1) as executor:
         sending = executor.submit(driver.send, snapshot, write_end)
         assert os.read(read_end, 8) == bytes(8)  # it has begun: record type and payload length of BEGIN
-        with pytest.raises(BusyError) as caught:
-            driver.destroy_snapshot(snapshot)
-        assert caught.value.dependants == (f"{snapshot} is being sent",)
+        for defer in (False, True):
+            with pytest.raises(BusyError) as caught:
+                driver.destroy_snapshot(snapshot, defer=defer)
+            assert caught.value.dependants == (f"{snapshot} is being sent",)
         assert driver.holds(snapshot) == []
         os.close(read_end)
         with pytest.raises(UnavailableError):

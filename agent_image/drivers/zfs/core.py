@@ -114,7 +114,7 @@ class ZfsCore:
         if self._opened is None:
             raise UnavailableError(f"the driver of pool {self._pool} is not open")
         lzc, watch = self._opened
-        if not watch.is_pool_there and not lzc.exists(str(self._pool)):
+        if not watch.is_pool_there and not lzc.is_imported():
             raise UnavailableError(f"pool {self._pool} is not imported")
         return lzc
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from agent_image.drivers.zfs import binding
@@ -22,6 +23,8 @@ PROGRAM_INSTRUCTIONS_MAX = 100_000_000
 """ZFS's own upper limit for a channel program; ours need a few hundred per dataset."""
 PROGRAM_MEMORY_MAX_BYTES = 64 << 20
 """256 datasets with properties of the largest size (8 KiB each, a few per dataset) fit."""
+POOLS = Path("/proc/spl/kstat/zfs")
+"""A directory for each pool the kernel has."""
 GUID_MASK = (1 << 64) - 1
 """Channel programs know signed numbers only."""
 
@@ -78,13 +81,18 @@ class Lzc:
 
     def _seen_from_outside(self, error: MistifyError, name: str) -> MistifyError:
         """ZFS says ENOENT for a dataset of a pool that was exported: that is another thing to a caller."""
-        if isinstance(error, NotFoundError) and not self.exists(self._pool.decode()):
+        if isinstance(error, NotFoundError) and not self.is_imported():
             return UnavailableError(f"the pool of {name} is not imported")
         return error
 
     def exists(self, name: str) -> bool:
-        """Whether a dataset or snapshot of that name is there; False also if the pool is not."""
+        """Whether a dataset or snapshot of that name is there; False also if the pool is not, or is suspended."""
         return bool(self._library.lzc_exists(name.encode()))
+
+    def is_imported(self) -> bool:
+        """Whether the kernel has the pool, be it suspended."""
+        name = self._pool.decode()
+        return self.exists(name) or (POOLS / name).is_dir()
 
     def create(self, name: str, *, volume: bool, properties: Values) -> None:
         """Create a filesystem or volume."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from agent_image.drivers.base import DatasetKind, SnapshotInfo
 from agent_image.drivers.zfs.datasets import SEND_TAG_PREFIX, ZfsDatasets, refuse_busy
 from agent_image.drivers.zfs.hidden import is_hidden
-from imaging.errors import AlreadyExistsError, InvalidArgumentError, InvalidNameError, NotFoundError
+from imaging.errors import AlreadyExistsError, BusyError, InvalidArgumentError, InvalidNameError, NotFoundError
 from imaging.names import NAME_MAX_BYTES, SnapshotName, is_snapshot_part
 
 HOLD_TAG_MAX_BYTES = 255
 """MAXNAMELEN less the NUL."""
+
+
+def _refuse_needed(name: SnapshotName, needed: Mapping[SnapshotName, Sequence[str]]) -> None:
+    refuse_busy(f"cannot destroy {name}", [user for users in needed.values() for user in users])
 
 
 class ZfsSnapshots(ZfsDatasets):
@@ -46,13 +50,21 @@ class ZfsSnapshots(ZfsDatasets):
             self.get_snapshot(name)
             datasets = self._index.datasets_with_snapshot(name.dataset, name.snapshot) if recursive else [name.dataset]
             doomed = [SnapshotName(dataset, name.snapshot) for dataset in datasets]
-            needed = {snapshot: self._snapshot_users(snapshot) for snapshot in doomed}
+            needed = self._needed(doomed)
             if not defer:
-                refuse_busy(f"cannot destroy {name}", [user for users in needed.values() for user in users])
-            self._lzc.destroy_snapshots([str(snapshot) for snapshot in doomed], defer=defer)
+                _refuse_needed(name, needed)
+            try:
+                self._lzc.destroy_snapshots([str(snapshot) for snapshot in doomed], defer=defer)
+            except BusyError:  # somebody was quicker, or it is being sent: ZFS does not defer that
+                _refuse_needed(name, self._needed(doomed))
+                raise
             gone = [snapshot for snapshot in doomed if not needed[snapshot] or not self._lzc.exists(str(snapshot))]
             self._index.remove_snapshots(gone)
             return gone
+
+    def _needed(self, doomed: Sequence[SnapshotName]) -> dict[SnapshotName, list[str]]:
+        """What needs each of them."""
+        return {snapshot: self._snapshot_users(snapshot) for snapshot in doomed}
 
     def rollback(self, name: SnapshotName, *, destroy_newer: bool = False) -> None:
         """Make the dataset what the snapshot is; a device somebody has open would change under them, so that is refused."""

@@ -156,7 +156,7 @@ class Watch:
 
     def _work(self, events: list[Event]) -> None:
         """Events of our own calls come before the calls return, so they are judged only now, when the index has the outcome."""
-        if not self.is_pool_there and not self._lzc.exists(str(self._pool)):
+        if not self.is_pool_there and not self._lzc.is_imported():
             return
         looks = [self._look_for(event) for event in events] + self._changed_sizes()
         if not self.is_pool_there or any(look.everything for look in looks) or self._is_compare_due():
