@@ -56,6 +56,24 @@ def write(offset: int, size: int, **more: Any) -> Write:
 # -- equal to numpy --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rounds", [15, 16, 17, 1 << 17, (1 << 17) + 1])
+@pytest.mark.parametrize("rest_bytes", [0, 4, 28, 31])
+@pytest.mark.parametrize("fill", ["random", "ones"])
+def test_sums_side_by_side_equal_numpy_where_they_begin_and_where_they_are_folded(
+    rounds: int, rest_bytes: int, fill: str
+) -> None:
+    """A round is 32 bytes; fewer than 16 are summed word by word, and 2**17 are folded together. Ones are the largest words there are."""
+    size = rounds * 32 + rest_bytes
+    data = random.Random(size).randbytes(size) if fill == "random" else b"\xff" * size
+    state = (MASK, MASK - 1, 1 << 63, 12345)
+    fast = Fletcher4(state)
+    fast.update(memoryview(b"x" + data)[1:])
+    with numpy_only():
+        slow = Fletcher4(state)
+        slow.update(data)
+    assert fast.state == slow.state
+
+
 @given(states, st.binary(max_size=3000), st.integers(0, 7), st.data())
 def test_trace_of_any_bytes_at_any_address_equals_numpy(
     state: tuple[int, int, int, int], data: bytes, shift: int, drawn: st.DataObject
