@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from agent_image.drivers.zfs import ZfsDriver
 from agent_image.drivers.zfs.hidden import MARK
-from imaging.errors import NotFoundError
+from imaging.errors import BusyError, NotFoundError
 from imaging.names import DatasetName
 from tests.contracts.storage_driver_tools import MIB, make_volume, take
 from tests.integration.zfs_pool import lab_driver, new_place, run, there
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.backend("zfs")
+
+OTHERS = 12
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,38 @@ def test_renamed_promoted_and_rolled_back_outside_shows(driver: ZfsDriver, place
     seen(lambda: driver.get(place / "c").volsize_bytes == 3 * MIB, "the size")
     run("zfs", "rollback", f"{place}/c@s")
     seen(lambda: driver.get(place / "c").volsize_bytes == MIB, "the size of the snapshot")
+
+
+def test_snapshots_of_others_show_while_we_take_our_own(driver: ZfsDriver, place: DatasetName) -> None:
+    """A look at somebody else's that is overtaken by a change of ours is repeated."""
+    make_volume(driver, place / "v", size_bytes=MIB)
+    others_are_done = threading.Event()
+
+    def take_own() -> int:
+        for number in itertools.count(1):
+            take(driver, (place / "v") @ f"own{number}")
+            if others_are_done.is_set():
+                return number
+        raise AssertionError
+
+    with ThreadPoolExecutor(1) as executor:
+        own = executor.submit(take_own)
+        for number in range(OTHERS):
+            run("zfs", "snapshot", f"{place}/v@other{number}")
+        others_are_done.set()
+        expected = own.result() + OTHERS
+    seen(lambda: len(driver.list_snapshots(place)) == expected, "all snapshots")
+
+
+def test_destruction_finds_what_somebody_took_a_moment_ago(driver: ZfsDriver, place: DatasetName) -> None:
+    make_volume(driver, place / "v", size_bytes=MIB)
+    run("zfs", "snapshot", f"{place}/v@late")
+    with pytest.raises(BusyError) as caught:
+        driver.destroy(place / "v")
+    assert caught.value.dependants == (f"{place}/v@late",)
+    run("zfs", "snapshot", f"{place}/v@later")
+    driver.destroy(place / "v", recursive=True)
+    assert there(place) == [str(place)]
 
 
 def test_names_that_are_not_ours_do_not_matter(driver: ZfsDriver, place: DatasetName) -> None:

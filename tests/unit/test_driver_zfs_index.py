@@ -83,6 +83,37 @@ def test_look_that_began_before_our_change_does_not_undo_it(index: PoolIndex) ->
     assert index.find_snapshot(SnapshotName.parse("tank/a/x@late")) is None
 
 
+def test_what_a_look_leaves_is_told_to_be_looked_at_again(index: PoolIndex) -> None:
+    """Somebody else's change may be among it."""
+    x = DatasetName.parse("tank/a/x")
+    with index.reading() as reading:
+        index.put_snapshots([snapshot("tank/a/x@ours", txg=20)])
+        index.apply_snapshots(reading, x, [snapshot("tank/a/x@theirs", txg=19)])
+        assert reading.left == {x}
+    with index.reading() as reading:
+        index.put(dataset("tank/b", guid=77))
+        index.apply(reading, DatasetName.parse("tank/b"), None)
+        index.apply(reading, x, dataset("tank/a/x"))
+        assert reading.left == {DatasetName.parse("tank/b")}
+    with index.reading() as reading:
+        index.put(dataset("tank/new"))
+        index.apply_all(reading, [dataset("tank"), dataset("tank/new", guid=5)], [])
+        assert reading.left == {DatasetName.parse("tank/new")}
+
+
+def test_our_snapshot_does_not_overtake_a_look_at_anothers(index: PoolIndex) -> None:
+    theirs = SnapshotName.parse("tank/a/x@theirs")
+    with index.reading() as reading:
+        index.put_snapshots([snapshot("tank/a/x@ours", txg=20)])
+        index.apply(reading, theirs.dataset, dataset("tank/a/x", guid=9))
+        index.apply_snapshot(reading, theirs, snapshot(str(theirs), txg=19))
+        assert not reading.left
+    found = index.find(theirs.dataset)
+    assert found is not None
+    assert found.guid == 9
+    assert [info.name.snapshot for info in index.snapshots(theirs.dataset)][-2:] == ["theirs", "ours"]
+
+
 def test_look_that_began_after_our_change_counts(index: PoolIndex) -> None:
     name = DatasetName.parse("tank/b")
     with index.reading() as reading:

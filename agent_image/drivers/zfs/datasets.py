@@ -328,7 +328,11 @@ class ZfsDatasets(ZfsCore):
 
     def _destroy_one(self, name: DatasetName) -> None:
         info = self._index.find(name)
-        self._lzc.destroy(str(name))
+        try:
+            self._lzc.destroy(str(name))
+        except BusyError:  # ZFS says so of a dataset with snapshots, too: somebody may have taken one a moment ago
+            self._learn(name, snapshots=True)
+            raise
         self._index.remove(name)
         if info is not None and info.origin is not None:
             self._settle(info.origin)

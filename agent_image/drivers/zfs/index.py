@@ -4,7 +4,8 @@ It answers get and list without asking ZFS, whose lists cost milliseconds per ob
 what its own calls did, :mod:`watch` what others did.
 
 A *reading* is a look at ZFS whose result is put in later. What changed in the index in between is newer than the reading, so those
-names are left as they are: our own change is never overwritten by an older look.
+names are left as they are: our own change is never overwritten by an older look. What was left is told, as it has to be looked at again:
+somebody else's change may be among it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,35 @@ class Reading:
 
     def __init__(self) -> None:
         self._touched: set[tuple[str, ...]] = set()
+        self._touched_snapshots: dict[DatasetName, set[str]] = {}
+        self.left: set[DatasetName] = set()
+        """Datasets that were not put in, or not with all their snapshots."""
 
     def touch(self, name: DatasetName) -> None:
         """``name`` and what is below changed."""
         self._touched.add(name.parts)
 
+    def touch_snapshot(self, name: SnapshotName) -> None:
+        """One snapshot came or went."""
+        self._touched_snapshots.setdefault(name.dataset, set()).add(name.snapshot)
+
     def is_outdated(self, name: DatasetName) -> bool:
         """Whether ``name`` changed since the reading began."""
         return any(name.parts[:length] in self._touched for length in range(1, len(name.parts) + 1))
+
+    def leaves(self, name: DatasetName, snapshot: str | None = None) -> bool:
+        """Whether the dataset, or this snapshot of it, must be left as it is, which is noted."""
+        is_left = self.is_outdated(name) or snapshot in self._touched_snapshots.get(name, ())
+        if is_left:
+            self.left.add(name)
+        return is_left
+
+    def leaves_snapshots(self, name: DatasetName) -> bool:
+        """The same for all snapshots of a dataset together."""
+        is_left = self.is_outdated(name) or name in self._touched_snapshots
+        if is_left:
+            self.left.add(name)
+        return is_left
 
 
 class PoolIndex:
@@ -105,7 +127,7 @@ class PoolIndex:
         """Add or replace snapshots; those of an unknown dataset are left out."""
         with self._lock:
             for info in infos:
-                self._touch(info.name.dataset)
+                self._touch_snapshot(info.name)
                 if info.name.dataset in self._datasets:
                     self._snapshots.setdefault(info.name.dataset, {})[info.name.snapshot] = info
 
@@ -127,7 +149,7 @@ class PoolIndex:
         """Forget snapshots."""
         with self._lock:
             for name in names:
-                self._touch(name.dataset)
+                self._touch_snapshot(name)
                 self._snapshots.get(name.dataset, {}).pop(name.snapshot, None)
 
     def rename(self, name: DatasetName, target: DatasetName) -> None:
@@ -183,6 +205,10 @@ class PoolIndex:
         for reading in self._readings:
             reading.touch(name)
 
+    def _touch_snapshot(self, name: SnapshotName) -> None:
+        for reading in self._readings:
+            reading.touch_snapshot(name)
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[Reading]:
         """Begin a look at ZFS before looking."""
@@ -198,7 +224,7 @@ class PoolIndex:
     def apply(self, reading: Reading, name: DatasetName, info: DatasetInfo | None) -> None:
         """Put in what the reading found about one dataset (None: it is gone)."""
         with self._lock:
-            if reading.is_outdated(name):
+            if reading.leaves(name):
                 return
             if info is None:
                 for below in list(self._subtree(name)):
@@ -209,13 +235,13 @@ class PoolIndex:
     def apply_snapshots(self, reading: Reading, name: DatasetName, snapshots: Iterable[SnapshotInfo]) -> None:
         """Put in all snapshots the reading found on one dataset."""
         with self._lock:
-            if not reading.is_outdated(name) and name in self._datasets:
+            if not reading.leaves_snapshots(name) and name in self._datasets:
                 self._snapshots[name] = {info.name.snapshot: info for info in snapshots}
 
     def apply_snapshot(self, reading: Reading, name: SnapshotName, info: SnapshotInfo | None) -> None:
         """Put in what the reading found about one snapshot (None: it is gone)."""
         with self._lock:
-            if reading.is_outdated(name.dataset) or name.dataset not in self._datasets:
+            if reading.leaves(name.dataset, name.snapshot) or name.dataset not in self._datasets:
                 return
             entries = self._snapshots.setdefault(name.dataset, {})
             if info is None:
@@ -235,7 +261,7 @@ class PoolIndex:
                 seen.add(info.name)
                 self.apply(reading, info.name, info)
                 self.apply_snapshots(reading, info.name, by_dataset.get(info.name, ()))
-            for name in [name for name in self._names if name not in seen and not reading.is_outdated(name)]:
+            for name in [name for name in self._names if name not in seen and not reading.leaves(name)]:
                 if self._datasets[name].guid:  # 0 stands for what we are receiving
                     self._remove(name)
 

@@ -6,6 +6,7 @@ before their events arrive, so they cost nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from agent_image.drivers.zfs import survey
 from agent_image.drivers.zfs.command import ENVIRONMENT, program
 from agent_image.drivers.zfs.events import EVERYTHING, MISSED, Event, Look, look_for, parse
-from agent_image.drivers.zfs.index import PoolIndex
+from agent_image.drivers.zfs.index import PoolIndex, Reading
 from agent_image.drivers.zfs.lzc import Lzc
 from agent_image.drivers.zfs.sizes import DeviceSizes
 from imaging.errors import MistifyError, NotFoundError
@@ -57,6 +58,8 @@ class Watch:
         self._follower: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
         self._sizes = DeviceSizes(pool)
+        self._left: set[DatasetName] = set()
+        """Datasets whose last look was overtaken by a change of our own."""
         self._compared_s = self._compare_cost_s = self._sizes_read_s = 0.0
         self.is_pool_there = True
 
@@ -80,10 +83,17 @@ class Watch:
         for thread in self._threads:
             thread.join(STOP_TIMEOUT_S)
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Reading]:
+        """A look whose result is put into the index; what it could not put in is looked at again at the next turn."""
+        with self._index.reading() as reading:
+            yield reading
+        self._left |= reading.left
+
     def compare(self) -> None:
         """Read the whole pool into the index."""
         begin_s = time.monotonic()
-        with self._index.reading() as reading:
+        with self._reading() as reading:
             datasets, snapshots = survey.everything(self._lzc, self._pool.root)
             self._index.apply_all(reading, datasets, snapshots)
         self._compared_s = time.monotonic()
@@ -158,6 +168,7 @@ class Watch:
         """Events of our own calls come before the calls return, so they are judged only now, when the index has the outcome."""
         if not self.is_pool_there and not self._lzc.is_imported():
             return
+        left, self._left = self._left, set()
         looks = [self._look_for(event) for event in events] + self._changed_sizes()
         if not self.is_pool_there or any(look.everything for look in looks) or self._is_compare_due():
             self.compare()
@@ -171,6 +182,8 @@ class Watch:
             self._look_at_dataset(dataset)
         for snapshot in {name for look in looks for name in look.snapshots}:
             self._look_at_snapshot(snapshot)
+        for dataset in left:
+            self._look_at_whole(dataset)
 
     def _look_for(self, event: Event) -> Look:
         return EVERYTHING if event.kind in BACK else look_for(event, self._index)
@@ -180,17 +193,25 @@ class Watch:
         return time.monotonic() - self._compared_s > interval_s
 
     def _look_at_dataset(self, name: DatasetName) -> None:
-        with self._index.reading() as reading:
+        with self._reading() as reading:
             self._index.apply(reading, name, survey.find_dataset(self._lzc, name))
 
+    def _look_at_whole(self, name: DatasetName) -> None:
+        """A dataset with its snapshots."""
+        with self._reading() as reading:
+            info = survey.find_dataset(self._lzc, name)
+            self._index.apply(reading, name, info)
+            if info is not None:
+                self._index.apply_snapshots(reading, name, survey.snapshots(self._lzc, name))
+
     def _look_at_snapshot(self, name: SnapshotName) -> None:
-        with self._index.reading() as reading:
+        with self._reading() as reading:
             self._index.apply_snapshot(reading, name, survey.find_snapshot(self._lzc, name))
 
     def _look_at_move(self, name: DatasetName, target: DatasetName) -> None:
         """Somebody renamed a dataset: what is below and the origins of its clones follow, if it is still as the event says."""
         known = self._index.find(name)
-        with self._index.reading() as reading:
+        with self._reading() as reading:
             old, new = survey.find_dataset(self._lzc, name), survey.find_dataset(self._lzc, target)
             is_move = known is not None and old is None and new is not None and new.guid == known.guid
             if is_move and not reading.is_outdated(name) and not reading.is_outdated(target):
@@ -200,7 +221,7 @@ class Watch:
         self._look_at_tree(target)
 
     def _look_at_tree(self, name: DatasetName) -> None:
-        with self._index.reading() as reading:
+        with self._reading() as reading:
             try:
                 datasets, snapshots = survey.everything(self._lzc, name)
             except NotFoundError:
