@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -173,17 +174,27 @@ def _changes(report: Report, driver: ZfsDriver) -> None:
     place = driver.create_filesystem(driver.pool.root / "made").name
     volumes = [driver.create_volume(place / f"v{number}", VOLUME_BYTES, thin=True).name for number in range(CALLERS)]
     source = driver.snapshot(volumes[0] @ "s0")[0].name
+    made: deque[int] = deque()
     numbers = iter(range(1 << 30))
+
+    def another() -> int:
+        made.append(number := next(numbers))
+        return number
+
+    def is_noticed() -> bool:
+        """What the other side made is in our index: looking at it must not be part of our turn."""
+        there = len(driver.list(place)) + len(driver.list_snapshots(place))
+        return there == len((place, source, *volumes, *made))
 
     def snapshots(make: Callable[[SnapshotName], object]) -> Callable[[], object]:
         def one() -> None:
-            number = next(numbers)
+            number = another()
             make(volumes[number % CALLERS] @ f"made{number}")
 
         return one
 
     def clones(make: Callable[[str], object]) -> Callable[[], object]:
-        return lambda: make(f"made{next(numbers)}")
+        return lambda: make(f"made{another()}")
 
     pairs = {
         "snapshots of volumes": (snapshots(driver.snapshot), snapshots(lambda name: _zfs("snapshot", name))),
@@ -195,7 +206,8 @@ def _changes(report: Report, driver: ZfsDriver) -> None:
     for title, (ours, reference) in pairs.items():
         for callers in (1, CALLERS):
             words = f"{title}, {callers} at a time"
-            report.add(compare(words, "/s", _made_per_s(ours, callers), ("zfs", _made_per_s(reference, callers))))
+            turns = [_made_per_s(make, callers, is_noticed) for make in (ours, reference)]
+            report.add(compare(words, "/s", turns[0], ("zfs", turns[1])))
     driver.destroy(place, recursive=True)
 
 
@@ -214,8 +226,9 @@ def _udevadm(*words: str) -> None:
     subprocess.run(["udevadm", *words], check=False)
 
 
-def _made_per_s(make: Callable[[], object], callers: int) -> Callable[[], float]:
+def _made_per_s(make: Callable[[], object], callers: int, is_noticed: Callable[[], bool]) -> Callable[[], float]:
     def turn() -> float:
+        wait_until(is_noticed, "what was made to be in the index", timeout_s=SEEN_TIMEOUT_S)
         with _udev_later(), ThreadPoolExecutor(callers) as threads, harness.stopwatch() as elapsed_s:
             for made in [threads.submit(make) for _ in range(MADE_PER_TURN)]:
                 made.result()

@@ -29,9 +29,9 @@ KERNEL_ARGUMENTS = (
 )
 ACCELS = {
     "kvm": ["-accel", "kvm", "-cpu", "host"],
-    "tcg": ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"],
+    "tcg": ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,erms=off,fsrm=off"],
     # The guest's clock counts instructions: slow, but what is timed inside repeats whatever the host does.
-    "icount": ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0", "-cpu", "max"],
+    "icount": ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0", "-cpu", "max,erms=off,fsrm=off"],
 }
 
 
