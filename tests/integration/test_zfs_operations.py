@@ -122,6 +122,18 @@ def test_recursive_snapshot_is_of_one_transaction_group(driver: ZfsDriver, place
     assert set(listed) == {str(made[0].createtxg)}
 
 
+def test_snapshot_somebody_else_destroyed_is_not_missed(driver: ZfsDriver, place: DatasetName) -> None:
+    """The index may still have it: it must neither stop what would destroy it, nor be in the way."""
+    volume = driver.create_volume(place / "v", 1 << 20, thin=True).name
+    for name in ("s0", "s1"):
+        driver.snapshot(volume @ name)
+    run("zfs", "destroy", volume @ "s1")
+    driver.rollback(volume @ "s0")
+    run("zfs", "destroy", volume @ "s0")
+    driver.destroy(volume, recursive=True)
+    assert there(place) == [str(place)]
+
+
 def test_descendant_somebody_else_destroyed_does_not_stop_a_destruction(driver: ZfsDriver, place: DatasetName) -> None:
     for name in ("a", "b", "c"):
         driver.create_volume(place / "f" / name, MIB, thin=True, parents=True)

@@ -349,7 +349,15 @@ class ZfsDatasets(ZfsCore):
             return [self._described(child) for child in self._index.children(top)] + [str(name) for name in snapshots]
         going = set(doomed)
         hidden = [self._described(dataset) for dataset in doomed if is_hidden(dataset)]
-        return hidden + [user for snapshot in snapshots for user in self._snapshot_users(snapshot, going)]
+        return hidden + [user for snapshot in snapshots for user in self._users_if_there(snapshot, going)]
+
+    def _users_if_there(self, snapshot: SnapshotName, going: set[DatasetName] | None = None) -> list[str]:
+        """What needs a snapshot that shall go; nothing if somebody else destroyed it a moment ago, which is what was wanted."""
+        try:
+            return self._snapshot_users(snapshot, going)
+        except NotFoundError:
+            self._index.remove_snapshots([snapshot])
+            return []
 
     def _snapshot_users(self, snapshot: SnapshotName, going: set[DatasetName] | None = None) -> list[str]:
         """What needs a snapshot: holds, and clones other than those that go with it."""

@@ -63,8 +63,9 @@ class ZfsSnapshots(ZfsDatasets):
             return gone
 
     def _needed(self, doomed: Sequence[SnapshotName]) -> dict[SnapshotName, list[str]]:
-        """What needs each of them."""
-        return {snapshot: self._snapshot_users(snapshot) for snapshot in doomed}
+        """What needs each of them; NotFoundError if the first is gone."""
+        first, *below = doomed
+        return {first: self._snapshot_users(first)} | {snapshot: self._users_if_there(snapshot) for snapshot in below}
 
     def rollback(self, name: SnapshotName, *, destroy_newer: bool = False) -> None:
         """Make the dataset what the snapshot is; a device somebody has open would change under them, so that is refused."""
@@ -90,9 +91,10 @@ class ZfsSnapshots(ZfsDatasets):
         newer = [entry.name for entry in entries if entry.createtxg > snapshot.createtxg]
         marks = self._lzc.bookmarks(str(name.dataset)).items()
         bookmarks = sorted(f"{name.dataset}#{mark}" for mark, createtxg in marks if createtxg > snapshot.createtxg)
-        dependants = [user for entry in newer for user in self._snapshot_users(entry)]
+        dependants = [user for entry in newer for user in self._users_if_there(entry)]
         if not destroy_newer:
-            dependants = [str(entry) for entry in newer] + bookmarks
+            still_there = [entry for entry in newer if self._index.find_snapshot(entry) is not None]
+            dependants = [str(entry) for entry in still_there] + bookmarks
         refuse_busy(f"cannot roll back to {name}", dependants)
         return newer, bookmarks
 
