@@ -101,6 +101,17 @@ def test_what_a_look_leaves_is_told_to_be_looked_at_again(index: PoolIndex) -> N
         assert reading.left == {DatasetName.parse("tank/new")}
 
 
+def test_what_we_are_receiving_is_not_taken_for_gone(index: PoolIndex) -> None:
+    """It keeps its origin from being destroyed, and ZFS does not show it before it is whole."""
+    arriving = dataset("tank/.mistify-receive-0123456789abcdef", guid=0)
+    index.put(arriving)
+    with index.reading() as reading:
+        index.apply(reading, arriving.name, None)
+        index.apply_all(reading, [dataset("tank")], [])
+        assert not reading.left
+    assert listed(index) == ["tank", str(arriving.name)]
+
+
 def test_our_snapshot_does_not_overtake_a_look_at_anothers(index: PoolIndex) -> None:
     theirs = SnapshotName.parse("tank/a/x@theirs")
     with index.reading() as reading:

@@ -226,6 +226,8 @@ class PoolIndex:
         with self._lock:
             if reading.leaves(name):
                 return
+            if info is None and self._is_arriving(name):
+                return
             if info is None:
                 for below in list(self._subtree(name)):
                     self._remove(below)
@@ -262,8 +264,13 @@ class PoolIndex:
                 self.apply(reading, info.name, info)
                 self.apply_snapshots(reading, info.name, by_dataset.get(info.name, ()))
             for name in [name for name in self._names if name not in seen and not reading.leaves(name)]:
-                if self._datasets[name].guid:  # 0 stands for what we are receiving
+                if not self._is_arriving(name):
                     self._remove(name)
+
+    def _is_arriving(self, name: DatasetName) -> bool:
+        """Whether we are receiving it: ZFS does not show it yet."""
+        info = self._datasets.get(name)
+        return info is not None and info.guid == 0
 
 
 def _moved(name: DatasetName, old: DatasetName, new: DatasetName) -> DatasetName:
