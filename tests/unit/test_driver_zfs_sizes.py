@@ -1,4 +1,4 @@
-"""Sizes of devices beside those of the index, on a directory in the place of /sys/block."""
+"""Sizes of devices beside those of the index, on a file in the place of /proc/partitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from agent_image.drivers.base import DatasetInfo, DatasetKind
 from agent_image.drivers.zfs.index import PoolIndex
-from agent_image.drivers.zfs.sizes import SECTOR_BYTES, DeviceSizes
+from agent_image.drivers.zfs.sizes import UNIT_BYTES, DeviceSizes
 from imaging.names import DatasetName, PoolName
 
 MIB = 1 << 20
@@ -18,12 +18,13 @@ VOLUME = DatasetName.parse("tank/v")
 class World:
     """Devices by node, their volumes, and an index with one volume."""
 
-    def __init__(self, sys_block: Path) -> None:
-        self.sys_block = sys_block
+    def __init__(self, partitions: Path) -> None:
+        self.partitions = partitions
+        self.shown = {"vda": 252 << 30, "vda1": 251 << 30}
         self.volumes: dict[str, str] = {}
         self.asked: list[str] = []
         self.index = PoolIndex()
-        self.sizes = DeviceSizes(PoolName.parse("tank"), sys_block=sys_block, volume_behind=self._ask)
+        self.sizes = DeviceSizes(PoolName.parse("tank"), partitions=partitions, volume_behind=self._ask)
 
     def _ask(self, device: Path) -> str | None:
         self.asked.append(device.name)
@@ -31,20 +32,30 @@ class World:
 
     def device(self, node: str, volume: str, size_bytes: int) -> None:
         self.volumes[node] = volume
-        (self.sys_block / node).mkdir(exist_ok=True)
-        (self.sys_block / node / "size").write_text(f"{size_bytes // SECTOR_BYTES}\n")
+        self.shown[node] = size_bytes
 
     def known(self, size_bytes: int, *, guid: int = 7) -> None:
         self.index.put(DatasetInfo(VOLUME, DatasetKind.VOLUME, guid, 1, 1, volsize_bytes=size_bytes))
 
+    def show(self) -> None:
+        lines = [
+            f" 230 {number:8} {size // UNIT_BYTES:10} {node}" for number, (node, size) in enumerate(self.shown.items())
+        ]
+        self.partitions.write_text("\n".join(["major minor  #blocks  name", "", *lines, ""]))
+
+    def remember(self) -> None:
+        self.show()
+        self.sizes.remember()
+
     def differing(self) -> list[DatasetName]:
         self.asked.clear()
+        self.show()
         return self.sizes.differing(self.index)
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+    return World(tmp_path / "partitions")
 
 
 def test_new_size_shows_once_it_is_there(world: World) -> None:
@@ -66,7 +77,7 @@ def test_size_that_changed_before_the_device_was_ever_met_shows(world: World) ->
 
 def test_size_that_changed_while_the_index_was_filled_shows(world: World) -> None:
     world.device("zd0", "tank/v", MIB)
-    world.sizes.remember()
+    world.remember()
     world.device("zd0", "tank/v", 3 * MIB)
     world.known(MIB)
     assert world.differing() == [VOLUME]
@@ -75,7 +86,7 @@ def test_size_that_changed_while_the_index_was_filled_shows(world: World) -> Non
 def test_own_resize_is_no_difference(world: World) -> None:
     world.known(MIB)
     world.device("zd0", "tank/v", MIB)
-    world.sizes.remember()
+    world.remember()
     world.device("zd0", "tank/v", 3 * MIB)
     world.known(3 * MIB)
     assert world.differing() == []
