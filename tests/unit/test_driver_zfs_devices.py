@@ -140,3 +140,30 @@ def test_number_is_of_a_block_device_only(tmp_path: Path) -> None:
     assert devices.number_of(str(tmp_path / "file")) is None
     assert devices.number_of(str(tmp_path / "absent")) is None
     assert devices.number_of("/dev/null") is None
+
+
+def test_renamed_volume_is_found_without_asking_those_that_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With thousands of volumes, asking each of their devices takes longer than anybody waits."""
+    names, asked = {f"zd{16 * number}": f"tank/v{number}" for number in range(20)}, list[str]()
+    for node in names:
+        (tmp_path / node).touch()
+
+    def look(path: Path) -> devices.Seen | None:
+        if path.name not in names:
+            return None
+        asked.append(path.name)
+        return devices.Seen(names[path.name], devices.Number(0xE600, path.stat().st_ino))
+
+    monkeypatch.setattr(devices, "look", look)
+    monkeypatch.setattr(devices, "UDEV_CONTROL", tmp_path / "absent")
+    known = devices.Devices(tmp_path)
+    for number in range(20):
+        known.wait_linked(f"tank/v{number}", 60.0, guid=100 + number)
+    names["zd16"] = "tank/renamed"
+    known.forget()
+    asked.clear()
+    assert known.wait_linked("tank/renamed", 60.0, guid=101) == tmp_path / "zd16"
+    assert asked == ["zd16"]
+    assert known.wait("tank/v7", 60.0) == tmp_path / "zd112", "who does not know the guid is answered as well"

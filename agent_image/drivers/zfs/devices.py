@@ -137,25 +137,30 @@ class Devices:
         found = self._find(volume)
         return None if found is None else found.path
 
-    def _find(self, volume: str) -> Found | None:
-        return self._find_link(volume) or self._search(volume)
+    def _find(self, volume: str, guid: int = 0) -> Found | None:
+        return self._find_link(volume) or self._search(volume, guid)
 
     def _find_link(self, volume: str) -> Found | None:
         link = self._links / volume
         seen = look(link)
         return Found(link, str(link), seen.number) if seen is not None and seen.volume == volume else None
 
-    def _search(self, volume: str) -> Found | None:
+    def _search(self, volume: str, guid: int) -> Found | None:
         with self._lock:
             nodes = self._nodes()
             likely = [node for node in nodes if self._asked.get(node) == volume]
-            unknown = [node for node in nodes if node not in self._asked]
+            others = self._inodes_of_others(guid)
+            unknown = [node for node in nodes if node not in self._asked and node.inode not in others]
             for node in likely + unknown:
                 seen = self._ask(node)
                 if seen is not None and seen.volume == volume:
                     path = self._devices / node.name
                     return Found(path, str(path), seen.number)
         return None
+
+    def _inodes_of_others(self, guid: int) -> set[int]:
+        """Nodes that were confirmed to be of volumes with another guid, which does not change whatever they are called by now."""
+        return {found.number.inode for (of, _), found in self._confirmed.items() if of != guid} if guid else set()
 
     def _nodes(self) -> list[Node]:
         """Device nodes there are; forgets what was known of others, as their numbers are used again."""
@@ -180,15 +185,15 @@ class Devices:
         with self._lock:
             self._asked.clear()
 
-    def wait(self, volume: str, timeout_s: float) -> Path:
+    def wait(self, volume: str, timeout_s: float, *, guid: int = 0) -> Path:
         """The path of the volume's device once it is there; UnavailableError after ``timeout_s``."""
-        return self._wait(volume, timeout_s).path
+        return self._wait(volume, timeout_s, guid).path
 
-    def _wait(self, volume: str, timeout_s: float) -> Found:
+    def _wait(self, volume: str, timeout_s: float, guid: int) -> Found:
         deadline = time.monotonic() + timeout_s
         tick, pause_s = threading.Event(), POLL_FIRST_S
         while True:
-            found = self._find(volume)
+            found = self._find(volume, guid)
             if found is not None:
                 return found
             if time.monotonic() >= deadline:
@@ -208,10 +213,10 @@ class Devices:
         if known is not None and known.is_there():
             return known.path
         deadline = time.monotonic() + timeout_s
-        found, is_last_word = self._wait(volume, timeout_s), True
+        found, is_last_word = self._wait(volume, timeout_s, guid), True
         if found.path != self._links / volume and UDEV_CONTROL.exists():
             is_last_word = self._wait_for_link(key, deadline)
-            found = self._wait(volume, max(0.0, deadline - time.monotonic()))
+            found = self._wait(volume, max(0.0, deadline - time.monotonic()), guid)
         if guid and is_last_word:
             self._confirm(key, found)
         return found.path

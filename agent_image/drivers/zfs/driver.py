@@ -35,8 +35,7 @@ class ZfsDriver(ZfsStreams):
     @contextlib.contextmanager
     def open_volume(self, name: DatasetName, *, writable: bool = False) -> Iterator[int]:
         """The volume's device. Not exclusively: a guest's disk may be read while the guest runs, and qemu claims nothing either."""
-        self._volume(name)
-        path = self._devices.wait(str(name), DEVICE_TIMEOUT_S)
+        path = self._devices.wait(str(name), DEVICE_TIMEOUT_S, guid=self._volume(name).guid)
         if writable:
             self._refuse_readonly(name)
         fd = _open_writable(path, name, self._device_busy_timeout_s) if writable else _open_readable(path, name)
