@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
 from tests.acceptance.daemons import Daemon
 from tests.acceptance.image_service_calls import call, download, sha256, upload, wait_for
@@ -142,8 +144,11 @@ def test_delete_at_one_replica_during_a_download_at_another_ends_well(site: Site
         pieces = response.iter_content(64 << 10)
         got = next(pieces)
         assert call(second, "DELETE", f"/images/{record['id']}").status_code == 200
-        for piece in pieces:
-            got += piece
-    assert DATA.startswith(got), "what comes is right, or the connection ends short"
+        with contextlib.suppress(
+            requests.exceptions.ChunkedEncodingError
+        ):  # the connection ends short of what was announced
+            for piece in pieces:
+                got += piece
+    assert DATA.startswith(got), "what comes is right"
     assert call(first, "GET", f"/images/{record['id']}").status_code == 404
     wait(lambda: list(site.bucket().list("blobs/")) == [], "the bytes to go")
