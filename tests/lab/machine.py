@@ -27,13 +27,11 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet init_on_alloc=1 printk.devkmsg=on panic=-1 oops=panic nokaslr mitigations=off nowatchdog "
     "no_timer_check tsc=reliable random.trust_cpu=on apparmor=0 audit=0 net.ifnames=0 raid=noautodetect"
 )
-# Without erms and fsrm: with them the kernel copies byte by byte, trusting the processor to do that fast, which an emulated one does not.
-EMULATED = "max,erms=off,fsrm=off"
 ACCELS = {
     "kvm": ["-accel", "kvm", "-cpu", "host"],
-    "tcg": ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", EMULATED],
+    "tcg": ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"],
     # The guest's clock counts instructions: slow, but what is timed inside repeats whatever the host does.
-    "icount": ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0", "-cpu", EMULATED],
+    "icount": ["-accel", "tcg,thread=single,tb-size=512", "-icount", "shift=0", "-cpu", "max"],
 }
 
 
