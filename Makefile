@@ -49,17 +49,10 @@ format: venv ## Format the code and repair what ruff can repair
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: venv ## Run every test, setting up what they need (WITHOUT="qemu zfs" leaves some out, PYTEST_ARGS="..." runs a part, here)
+test: venv ## Run every test but those of real OpenZFS (make test-zfs), setting up what they need (WITHOUT="qemu" leaves one out)
 	@scripts/ensure-packages $(TEST_PROGRAMS)
 	$(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --ignore-glob='*/integration/test_zfs_*.py' \
 		$(addprefix --without ,$(WITHOUT)) $(PYTEST_ARGS)
-ifeq ($(PYTEST_ARGS),)
-ifeq ($(filter zfs,$(WITHOUT)),)
-	VENV=$(VENV) tests/lab/test-zfs
-else
-	@echo 'make test: left out by name: what needs real OpenZFS'
-endif
-endif
 
 test-zfs: venv ## Run what needs real OpenZFS alone, in throw-away virtual machines where this one has none (root)
 	VENV=$(VENV) tests/lab/test-zfs
