@@ -44,14 +44,13 @@ class Reading:
 
     def leaves(self, name: DatasetName, snapshot: str | None = None) -> bool:
         """Whether the dataset, or this snapshot of it, must be left as it is, which is noted."""
-        is_left = self.is_outdated(name) or snapshot in self._touched_snapshots.get(name, ())
-        if is_left:
-            self.left.add(name)
-        return is_left
+        return self._noted(name, is_left=self.is_outdated(name) or snapshot in self._touched_snapshots.get(name, ()))
 
     def leaves_snapshots(self, name: DatasetName) -> bool:
         """The same for all snapshots of a dataset together."""
-        is_left = self.is_outdated(name) or name in self._touched_snapshots
+        return self._noted(name, is_left=self.is_outdated(name) or name in self._touched_snapshots)
+
+    def _noted(self, name: DatasetName, *, is_left: bool) -> bool:
         if is_left:
             self.left.add(name)
         return is_left
